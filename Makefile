@@ -1,0 +1,54 @@
+# `make help` lists the targets. Every target sets itself up on a fresh machine.
+PYTHON   ?= python3
+VENV     ?= .venv
+BIN      := $(VENV)/bin
+APPROACH ?= film
+PRESET   ?= mini
+SEED     ?= 0
+DATA     ?=
+ARGS     ?=
+RUNS     ?= runs
+PORT     ?= 6006
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train pretrain-mini test test-all test-bolts lint dashboard bench
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
+	@echo "  e.g. make train APPROACH=film SEED=1 ARGS=\"--trainer.max_epochs 3\""
+
+$(BIN)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	@touch $@
+
+setup: $(BIN)/.installed ## create .venv and install
+
+# DATA is a captions file (CSV, TSV, JSONL), or an overlay recipe (YAML) that says where captions and pictures lie
+data_option = $(if $(DATA),$(if $(filter %.yaml %.yml,$(DATA)),-c $(DATA),--data.source table --data.captions $(DATA)))
+
+train: $(BIN)/.installed ## teach an encoder: APPROACH=film [PRESET=mini|paper] [SEED=0] [DATA=captions.csv] [ARGS="..."]
+	$(BIN)/wlsup fit -c experiments/base.yaml -c experiments/$(APPROACH).yaml \
+		$(if $(filter-out mini,$(PRESET)),-c experiments/overlays/$(PRESET).yaml) \
+		--seed_everything $(SEED) $(data_option) $(ARGS)
+
+pretrain-mini: $(BIN)/.installed ## make the mini models again (vision, text, LM, tokenizer): about half an hour
+	$(BIN)/python experiments/pretrain_mini.py --out wlsup/assets/mini
+
+test: $(BIN)/.installed ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not multiprocess and not browser and not bolts"
+
+test-all: $(BIN)/.installed ## every test but those of the extra `bolts`
+	$(BIN)/python -m pytest -m "not bolts"
+
+lint: $(BIN)/.installed ## ruff, check and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+dashboard: $(BIN)/.installed ## TensorBoard over runs/
+	$(BIN)/tensorboard --logdir $(RUNS) --port $(PORT)
+
+bench: $(BIN)/.installed ## the benchmarks, against the peers
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done

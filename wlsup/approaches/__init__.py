@@ -1,0 +1,33 @@
+"""The approaches, one file each, and the names by which the command line knows them.
+
+Importing this package imports no torch, so that the names can be listed, and a wrong one refused, at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from wlsup.errors import choose
+
+if TYPE_CHECKING:
+    from wlsup.approaches.base import Approach
+
+__all__ = ["APPROACHES", "approach_class"]
+
+APPROACHES: dict[str, str] = {
+    "mae_cl": "wlsup.approaches.mae_cl:MaeCL",
+    "bottleneck": "wlsup.approaches.bottleneck:BottleneckApproach",
+    "film": "wlsup.approaches.film:FilmApproach",
+}
+
+
+def approach_class(name: str) -> type[Approach]:
+    """Return the class behind an approach's name.
+
+    Raises:
+        WlsupError: unknown name; the message lists the valid ones.
+    """
+    choose("approach", name, APPROACHES, hint="`wlsup approaches` says what each one is.")
+    module, _, attribute = APPROACHES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,209 @@
+"""k-NN before step 1, along the way and at the end: what captions did to the encoder, set by set."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from wlsup.batch import EvalSet
+from wlsup.callbacks.progress import progress
+from wlsup.errors import WlsupError
+from wlsup.evaluation.features import extract_features
+from wlsup.evaluation.knn import KNNResult, knn_accuracy
+from wlsup.evaluation.statistics import paired_bootstrap
+
+__all__ = ["KNN", "domain_means", "evaluate_knn"]
+
+logger = logging.getLogger("wlsup")
+
+
+def evaluate_knn(
+    module: torch.nn.Module,
+    eval_set: EvalSet,
+    *,
+    k: int = 20,
+    ks: tuple[int, ...] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> KNNResult:
+    """Score one set by DINO's protocol with ``module.features``, in eval mode and fp32; the mode is put back after.
+
+    Args:
+        module: has ``features(images (B, 3, H, W)) -> (B, D)``.
+        eval_set: bank and queries.
+        k: the headline k.
+        ks: further k, as far as the bank allows.
+        temperature: of the vote.
+        batch_size: pictures a forward pass.
+        num_workers: loader processes.
+
+    Returns:
+        Accuracies, and which queries were right at the headline k.
+    """
+    device = next(module.parameters()).device
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        parts = []
+        for part in ("train", "test"):
+            with progress(f"features of {eval_set.name}, {part}") as show:
+                parts.append(
+                    extract_features(
+                        module.features,
+                        getattr(eval_set, part),
+                        batch_size=batch_size,
+                        num_workers=num_workers,
+                        device=device,
+                        progress=show,
+                    )
+                )
+    finally:
+        for child, training in modes:
+            child.training = training
+    bank, queries = parts
+    for part in parts:
+        for reason in part.skipped:
+            logger.warning("%s: left out %s", eval_set.name, reason)
+    return knn_accuracy(bank, queries, k=k, ks=ks, temperature=temperature, num_classes=len(eval_set.class_names))
+
+
+def domain_means(entries: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Return the mean delta in domain and out of domain, None where there is no such set."""
+    means: dict[str, float | None] = {}
+    for domain, name in (("in", "in_domain_delta"), ("out", "out_of_domain_delta")):
+        deltas = [entry["delta"] for entry in entries.values() if entry["domain"] == domain]
+        means[name] = sum(deltas) / len(deltas) if deltas else None
+    return means
+
+
+class KNN(Callback):
+    """Evaluate the pretrained encoder before step 1 and the fine-tuned one after, and log every difference.
+
+    Source: Caron et al. 2021 (DINO), appendix "k-NN classification": cosine similarity, votes weighted by
+    exp(similarity / 0.07), k = 20 the headline.
+
+    Args:
+        k: the headline k.
+        ks: every k reported, as far as the bank allows.
+        temperature: of the vote.
+        every_n_epochs: also evaluate along training, every so many epochs; 0 evaluates at the start and the end only.
+        batch_size: pictures a forward pass.
+        num_workers: loader processes.
+        bootstrap_resamples: of the test pictures, for each delta's 95 % interval.
+    """
+
+    def __init__(
+        self,
+        k: int = 20,
+        ks: tuple[int, ...] = (10, 20, 100, 200),
+        temperature: float = 0.07,
+        every_n_epochs: int = 0,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        bootstrap_resamples: int = 10_000,
+    ) -> None:
+        if k < 1 or any(other < 1 for other in ks):
+            raise WlsupError(f"knn.k and knn.ks must be at least 1, not {k} and {tuple(ks)}.")
+        self.k, self.ks, self.temperature = k, tuple(ks), temperature
+        self.every_n_epochs, self.bootstrap_resamples = every_n_epochs, bootstrap_resamples
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.sets: list[EvalSet] = []
+        self.pretrained: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Score the pretrained encoder, unless a checkpoint brought the scores."""
+        self.sets = trainer.datamodule.eval_datasets()
+        missing = [eval_set for eval_set in self.sets if eval_set.name not in self.pretrained]
+        if missing and trainer.ckpt_path:
+            raise WlsupError(
+                f"The checkpoint has no pretrained k-NN score for {', '.join(s.name for s in missing)}, and the "
+                "encoder is trained by now. Resume with the run's own eval_sets."
+            )
+        for eval_set in missing:
+            result = self._evaluate(pl_module, eval_set)
+            self.pretrained[eval_set.name] = {"accuracy": dict(result.accuracy), "correct": result.correct}
+        if missing:
+            self._log(trainer, self.baseline(), {})
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Score along the way, where asked."""
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs and epoch % self.every_n_epochs == 0 and epoch != trainer.max_epochs:
+            self._compare(trainer, pl_module)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Score the fine-tuned encoder."""
+        self._compare(trainer, pl_module)
+
+    def baseline(self) -> dict[str, float]:
+        """Return the pretrained encoder's accuracy at the headline k, by set."""
+        return {name: score["accuracy"][self._k(score["accuracy"])] for name, score in self.pretrained.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pretrained scores: a resumed run cannot compute them again."""
+        return {"pretrained": self.pretrained}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the pretrained scores over."""
+        self.pretrained = state_dict["pretrained"]
+
+    def _k(self, accuracy: dict[int, float]) -> int:
+        return self.k if self.k in accuracy else max(accuracy)
+
+    def _evaluate(self, module: torch.nn.Module, eval_set: EvalSet) -> KNNResult:
+        return evaluate_knn(
+            module,
+            eval_set,
+            k=self.k,
+            ks=self.ks,
+            temperature=self.temperature,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+        )
+
+    def _compare(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        for eval_set in self.sets:
+            before = self.pretrained[eval_set.name]
+            result = self._evaluate(pl_module, eval_set)
+            self.results[eval_set.name] = self._entry(eval_set, before["accuracy"], before["correct"], result)
+        self._log(
+            trainer,
+            {name: entry["finetuned"] for name, entry in self.results.items()},
+            {name: entry["delta"] for name, entry in self.results.items()},
+        )
+
+    def _entry(
+        self, eval_set: EvalSet, accuracy: dict[int, float], correct: Tensor, result: KNNResult
+    ) -> dict[str, Any]:
+        k = self._k(result.accuracy)
+        delta, low, high = paired_bootstrap(correct, result.correct, resamples=self.bootstrap_resamples)
+        return {
+            "domain": eval_set.domain,
+            "k": k,
+            "temperature": self.temperature,
+            "train": len(eval_set.train),
+            "test": len(eval_set.test),
+            "pretrained": accuracy[k],
+            "finetuned": result.accuracy[k],
+            "delta": delta,
+            "ci95": [low, high],
+            "accuracy_by_k": {
+                str(other): {"pretrained": accuracy[other], "finetuned": result.accuracy[other]}
+                for other in result.accuracy
+            },
+        }
+
+    def _log(self, trainer: lightning.Trainer, scores: dict[str, float], deltas: dict[str, float]) -> None:
+        metrics = {f"knn/{name}": score for name, score in scores.items()}
+        metrics |= {f"knn_delta/{name}": delta for name, delta in deltas.items()}
+        if deltas:
+            metrics |= {f"summary/{n}": v for n, v in domain_means(self.results).items() if v is not None}
+        for sink in trainer.loggers:
+            sink.log_metrics(metrics, step=trainer.global_step)

@@ -1,0 +1,181 @@
+"""The keeping of a run's folder: what was asked, what trained, on what machine, and what came out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from wlsup.callbacks.knn import KNN, domain_means
+from wlsup.callbacks.retrieval import Retrieval
+from wlsup.evaluation.knn import PROTOCOL
+from wlsup.evaluation.table import knn_markdown, print_knn_table
+from wlsup.files import write_json, write_text
+from wlsup.plan import plan_markdown
+
+__all__ = ["RunFolder", "environment"]
+
+logger = logging.getLogger("wlsup")
+
+_PACKAGES = ("wlsup", "torch", "torchvision", "lightning", "timm", "transformers", "numpy", "faiss-cpu")
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, git commit and machine: what a result needs to be reproduced."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+    )
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "git_commit": git.stdout.strip() or None,
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": sys.argv,
+    }
+
+
+class RunFolder(Callback):
+    """Write config.yaml, env.json and plan.json when a run starts, results.json and the table when it ends.
+
+    Args:
+        folder: the run's folder.
+        config: the run's whole configuration, as YAML that runs it again.
+        hyperparameters: the same, flat, for TensorBoard's HParams tab.
+        identity: "approach", "preset" and "seed", as results.json gives them.
+    """
+
+    def __init__(self, folder: Path, config: str, hyperparameters: dict[str, Any], identity: dict[str, Any]) -> None:
+        self.folder, self.config, self.identity = folder, config, identity
+        self.hyperparameters = hyperparameters
+        self.samples_seen = 0
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Write what was asked, what trains, and on what machine; say what trains."""
+        if not trainer.is_global_zero:
+            return
+        plan = pl_module.plan.describe(pl_module)
+        write_text(self.folder / "config.yaml", self.config)
+        write_json(self.folder / "env.json", environment())
+        write_json(self.folder / "plan.json", {"approach": pl_module.name, "bases": pl_module.bases, **plan})
+        logger.info("%s %s", pl_module.name, pl_module.plan.summary(pl_module))
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Lay out TensorBoard: the plan, the custom scalars, the hyperparameters with the metrics they are judged by."""
+        self._started = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
+        knn = _find(trainer, KNN)
+        metrics = {f"knn/{name}": score for name, score in knn.baseline().items()} if knn else {}
+        for board in _boards(trainer):
+            board.experiment.add_text("plan", plan_markdown(pl_module.plan.describe(pl_module)), 0)
+            board.experiment.add_custom_scalars(_layout(knn))
+            board.log_hyperparams(self.hyperparameters, metrics)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count samples."""
+        self.samples_seen += len(batch) * trainer.world_size
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write results.json and show the table."""
+        self.seconds += time.perf_counter() - self._started
+        if not trainer.is_global_zero:
+            return
+        results = self.results(trainer, pl_module)
+        write_json(self.folder / "results.json", results)
+        if results["knn"]:
+            for board in _boards(trainer):
+                board.experiment.add_text("k-NN", knn_markdown(results), trainer.global_step)
+            print_knn_table(results)
+        skipped = results["captions"]["skipped"]
+        if skipped:
+            logger.warning("%d pictures could not be read and were replaced; results.json names them", len(skipped))
+        logger.info("results in %s", self.folder)
+
+    def results(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        """Return what results.json holds."""
+        data, knn, retrieval = trainer.datamodule, _find(trainer, KNN), _find(trainer, Retrieval)
+        plan = pl_module.plan.describe(pl_module)
+        entries = knn.results if knn else {}
+        return {
+            **self.identity,
+            "steps": trainer.global_step,
+            "samples_seen": self.samples_seen,
+            "seconds": round(self.seconds, 1),
+            "parameters": {"total": plan["total"], "trained": plan["trained"]},
+            "captions": {
+                "source": data.source_name,
+                "pairs": data.pairs_used,
+                "manifest_sha256": data.manifest_sha256,
+                "skipped": data.skipped,
+            },
+            "knn": entries,
+            "retrieval": retrieval.results if retrieval else {},
+            "summary": domain_means(entries),
+            "protocol": PROTOCOL,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on counting."""
+        elapsed = time.perf_counter() - self._started if self._started else 0.0
+        return {"samples_seen": self.samples_seen, "seconds": self.seconds + elapsed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
+
+
+def _find(trainer: lightning.Trainer, kind: type) -> Any:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
+
+
+def _boards(trainer: lightning.Trainer) -> list[TensorBoardLogger]:
+    return [sink for sink in trainer.loggers if isinstance(sink, TensorBoardLogger)]
+
+
+def _layout(knn: KNN | None) -> dict[str, dict[str, list]]:
+    sets = knn.sets if knn else []
+    by_domain = {
+        title: [f"knn/{s.name}" for s in sets if s.domain == domain]
+        for title, domain in (("in domain", "in"), ("out of domain", "out"))
+    }
+    deltas = {title: [tag.replace("knn/", "knn_delta/") for tag in tags] for title, tags in by_domain.items() if tags}
+    layout = {
+        "losses": {
+            "total": ["Multiline", ["train/loss", "val/loss"]],
+            "reconstruction": ["Multiline", ["train/reconstruction", "val/reconstruction"]],
+            "contrastive": ["Multiline", ["train/contrastive", "val/contrastive"]],
+        },
+        "held-out retrieval": {
+            "image to text": ["Multiline", [f"retrieval/image_to_text_R@{k}" for k in (1, 5, 10)]],
+            "text to image": ["Multiline", [f"retrieval/text_to_image_R@{k}" for k in (1, 5, 10)]],
+        },
+    }
+    if sets:
+        layout["k-NN accuracy"] = {title: ["Multiline", tags] for title, tags in by_domain.items() if tags}
+        layout["k-NN difference to pretrained"] = {title: ["Multiline", tags] for title, tags in deltas.items()}
+    return layout

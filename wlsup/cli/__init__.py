@@ -1,0 +1,96 @@
+"""The ``wlsup`` command: a light front that imports torch only once there is work for it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from wlsup import __version__
+from wlsup.errors import WlsupError, choose
+
+__all__ = ["COMMANDS", "main"]
+
+# name -> (module with run(arguments) -> exit code, what it does, usage)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "fit": ("wlsup.cli.fit", "teach an encoder with captions and print the k-NN table", "-c RECIPE.yaml.. [--KEY VALUE]"),
+    "pretrain": ("wlsup.cli.pretrain", "pretrain a ViT by MAE on pictures alone", "-c RECIPE.yaml.. [--KEY VALUE]"),
+    "approaches": ("wlsup.cli.approaches", "list the approaches and what each trains", "[--json] [--markdown]"),
+    "inspect": ("wlsup.cli.inspect", "show what an approach trains and freezes", "APPROACH [-c RECIPE.yaml..] [--json]"),
+    "knn": ("wlsup.cli.knn", "score a run, or any encoder, by k-NN", "RUN|WEIGHTS [--sets NAME,..] [--json]"),
+}
+
+_FIT_HELP = """\
+usage: wlsup fit -c RECIPE.yaml [-c OVERLAY.yaml ...] [--KEY VALUE ...]
+
+Teach a vision encoder with captions: k-NN of the pretrained encoder, training, k-NN again, a table, results.json.
+Later recipes and options override earlier ones; a YAML key `a: {b: 1}` is the option --a.b 1.
+
+  --approach NAME               {approaches}
+  --seed_everything N           seed of everything (0)
+  --preset NAME                 a label for the run's folder (mini)
+  --runs DIR                    where runs go: DIR/<approach>/<preset>/seed<k>/<time>/ (runs)
+  --resume CKPT                 go on from a checkpoint of the same approach and base model
+  --data.source NAME            mini | table
+  --data.captions FILE          CSV, TSV or JSONL of picture and caption
+  --data.images DIR|TAR         where the pictures lie
+  --data.pairs N                how many pictures, the same ones on every machine
+  --data.batch_size N           pairs a step
+  --data.eval_sets LIST         names, or {{name, kind, images, labels, domain}}
+  --model.encoder.weights W     mini, a timm name, hf-hub:ID, or a local file or folder
+  --model.text.weights W        mini, a hub id, or a local folder
+  --model.lr X                  learning rate of what trains
+  --trainer.max_epochs N        passes over the pairs
+  --trainer.precision P         32-true, bf16-mixed, 16-mixed
+  --trainer.devices N           processes, one a GPU
+  --knn.every_n_epochs N        also score along the way
+  --print_config                print the whole resolved configuration
+  --help-all                    every option there is (imports torch: some seconds)
+"""
+
+
+def usage() -> str:
+    """Return the help of ``wlsup`` itself."""
+    lines = [f"wlsup {__version__}: weak language supervision of pretrained vision encoders", "", "commands:"]
+    lines += [f"  wlsup {name:<11}{use:<42}{what}" for name, (_, what, use) in COMMANDS.items()]
+    lines += ["", "`wlsup COMMAND --help` says more. A first run: make train APPROACH=film"]
+    return "\n".join(lines)
+
+
+def command_help(command: str) -> str:
+    """Return the help of one command, without importing it."""
+    if command in ("fit", "pretrain"):
+        from wlsup.approaches import APPROACHES
+
+        text = _FIT_HELP.format(approaches=" | ".join(APPROACHES))
+        if command == "fit":
+            return text
+        kept = [line for line in text.splitlines() if "approach NAME" not in line and "captions" not in line]
+        return "\n".join(kept).replace("wlsup fit", "wlsup pretrain")
+    _, what, use = COMMANDS[command]
+    return f"usage: wlsup {command} {use}\n\n{what[0].upper()}{what[1:]}."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; a `WlsupError` becomes one message on standard error and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version", "version"):
+        print(__version__)
+        return 0
+    try:
+        command = choose("command", arguments[0], COMMANDS)
+        if any(argument in ("-h", "--help") for argument in arguments[1:]):
+            print(command_help(command))
+            return 0
+        return importlib.import_module(COMMANDS[command][0]).run(arguments[1:])
+    except WlsupError as error:
+        print(f"wlsup: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("wlsup: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141

@@ -1,0 +1,20 @@
+"""``wlsup fit``: captions in, a k-NN table against the pretrained encoder out."""
+
+from __future__ import annotations
+
+from wlsup.approaches import approach_class
+from wlsup.cli.configuration import approach_named_in, configure, train
+from wlsup.cli.logs import log_to_terminal
+
+__all__ = ["run"]
+
+
+def run(arguments: list[str]) -> int:
+    """Train one approach and print what it did to the encoder."""
+    name = approach_named_in(arguments)
+    log_to_terminal()
+    from wlsup.data.datamodule import CaptionDataModule
+
+    cli = configure(approach_class(name), CaptionDataModule, arguments, "fit")
+    train(cli)
+    return 0

@@ -1,0 +1,98 @@
+"""``wlsup knn``: score a finished run, or any encoder, by k-NN; no training needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from wlsup.cli.logs import log_to_terminal
+from wlsup.errors import WlsupError
+
+__all__ = ["run"]
+
+
+def run(arguments: list[str]) -> int:
+    """Print accuracy by set and k."""
+    parser = argparse.ArgumentParser(prog="wlsup knn", description="Score an encoder by weighted k-NN.")
+    parser.add_argument("target", help="a run's folder; or mini, a timm name, hf-hub:ID, a local weight file or folder")
+    parser.add_argument("--sets", help="comma-separated eval set names; by default the run's, or the mini ones")
+    parser.add_argument("--random", action="store_true", help="random weights of the same architecture, for comparison")
+    parser.add_argument("--pixels", action="store_true", help="raw pixels instead of features, for comparison")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    options = parser.parse_args(arguments)
+    log_to_terminal(quiet=options.json)
+    entries = _score(options)
+    if options.json:
+        from wlsup.evaluation.knn import PROTOCOL
+
+        print(json.dumps({"target": options.target, "protocol": PROTOCOL, "knn": entries}, indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    ks = sorted({k for entry in entries.values() for k in entry["accuracy"]}, key=int)
+    table = Table(title=f"k-NN accuracy of {options.target}, %", title_justify="left")
+    for column in ("set", "domain", "bank", "queries", *(f"k={k}" for k in ks)):
+        table.add_column(column, justify="left" if column in ("set", "domain") else "right")
+    for name, entry in entries.items():
+        scores = [f"{100 * entry['accuracy'][k]:.1f}" if k in entry["accuracy"] else "-" for k in ks]
+        table.add_row(name, entry["domain"], str(entry["train"]), str(entry["test"]), *scores)
+    Console().print(table)
+    return 0
+
+
+def _score(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from wlsup.callbacks.knn import evaluate_knn
+    from wlsup.cli.configuration import load_run
+    from wlsup.data.datamodule import CaptionDataModule
+    from wlsup.models.vision import VisionSpec, build_vision
+
+    folder = Path(options.target)
+    data = CaptionDataModule()
+    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+        if options.random or options.pixels:
+            raise WlsupError("--random and --pixels compare an encoder, not a run: give the encoder's weights.")
+        module, data = load_run(folder)
+        spec = module.image_spec
+    else:
+        module = build_vision(VisionSpec(weights=options.target, pretrained=not options.random))
+        spec = module.image_spec
+        if options.pixels:
+            module = _Pixels()
+    data.image_spec = spec
+    if options.sets:
+        data.eval_sets = options.sets.split(",")
+    if torch.cuda.is_available():
+        module = module.to("cuda")
+    entries = {}
+    for eval_set in data.eval_datasets():
+        result = evaluate_knn(module, eval_set, batch_size=options.batch_size, num_workers=options.workers)
+        entries[eval_set.name] = {
+            "domain": eval_set.domain,
+            "train": len(eval_set.train),
+            "test": len(eval_set.test),
+            "accuracy": {str(k): accuracy for k, accuracy in result.accuracy.items()},
+        }
+    return entries
+
+
+def _Pixels() -> Any:  # noqa: N802
+    import torch
+
+    class Pixels(torch.nn.Module):
+        """The picture itself as its feature."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1)
+
+    return Pixels()

@@ -1,0 +1,52 @@
+"""Where the suite's own lines go: the terminal, and the run's log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+__all__ = ["log_to_file", "log_to_terminal"]
+
+# Remarks of the libraries that say nothing a user of this suite can act on.
+_IDLE_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*The number of training batches.*is smaller than the logging interval.*",
+    ".*LeafSpec.*is deprecated.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*Found .* module.*in eval mode at the start of training.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*torch.jit.*deprecated.*",
+    ".*lr_scheduler.step\\(\\).* before .*optimizer.step\\(\\).*",
+    ".*Starting from v1.9.0, `tensorboardX` has been removed.*",
+)
+
+
+def log_to_terminal(quiet: bool = False) -> None:
+    """Send the suite's lines to standard error, and keep the libraries to their warnings."""
+    logger = logging.getLogger("wlsup")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not any(getattr(handler, "is_terminal", False) for handler in logger.handlers):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.is_terminal = True
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setLevel(logging.WARNING if quiet else logging.INFO)
+        if sys.stderr.isatty():
+            # a bar shows what these lines would say
+            handler.addFilter(lambda record: record.levelno > logging.INFO or not record.module == "progress")
+        logger.addHandler(handler)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in _IDLE_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+
+
+def log_to_file(path: Path) -> None:
+    """Also write the suite's lines, with the time, to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("wlsup").addHandler(handler)

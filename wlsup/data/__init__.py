@@ -1,0 +1,1 @@
+"""Pictures and captions: sources, subsets, augmentation, loaders and evaluation sets."""

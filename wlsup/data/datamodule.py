@@ -1,0 +1,357 @@
+"""The data modules: captioned pictures for weak supervision, and pictures alone for pretraining."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+
+from wlsup.batch import CaptionBatch, EvalSet, ImageBatch, ImageSpec
+from wlsup.data.badness import BadSampleCounter
+from wlsup.data.dataset import CaptionDataset, PictureDataset
+from wlsup.data.evalsets import EvalSetSpec, build_eval_set
+from wlsup.data.loader import BatchLoader, make_loader
+from wlsup.data.sampler import EpochSampler
+from wlsup.data.sources import (
+    CaptionSource,
+    MemoryPictures,
+    Pictures,
+    SourceRequest,
+    StoredPictures,
+    load_source,
+)
+from wlsup.data.stores import JoinedStore, open_store
+from wlsup.data.subset import manifest_sha256, split_by_hash
+from wlsup.data.transforms import EvalTransform, TrainTransform
+from wlsup.errors import WlsupError
+
+__all__ = ["DEFAULT_EVAL_SETS", "CaptionDataModule", "ImageDataModule"]
+
+DEFAULT_EVAL_SETS = ("mini_shapes", "mini_digits", "mini_landcover", "mini_textures")
+
+MINI_PICTURES = 8000
+"""Generated pictures for pretraining unless more or fewer are asked for."""
+
+_Keyed = tuple[list[str], Pictures]
+
+_log = logging.getLogger("wlsup.data")
+
+
+@dataclass
+class _Part:
+    """Some of a source's pictures, by position in it."""
+
+    pictures: Pictures
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Any:
+        return self.pictures.read(self.indices[index])
+
+
+class _KeyedDataModule(lightning.LightningDataModule):
+    """What both data modules share: the spec, the ranks, the count of bad samples."""
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int, max_bad_fraction: float) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise WlsupError(
+                f"batch_size={batch_size}, num_workers={num_workers}: give batch_size >= 1, num_workers >= 0."
+            )
+        if not 0 <= max_bad_fraction < 1:
+            raise WlsupError(f"max_bad_fraction={max_bad_fraction}: give a number in [0, 1).")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.bad = BadSampleCounter(max_bad_fraction)
+        self.image_spec: ImageSpec | None = None
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Key and reason of every picture left out so far: listed but missing, or met and found unreadable."""
+        return self.bad.skipped
+
+    def note(self, batch: CaptionBatch | ImageBatch) -> None:
+        """Count a batch's skipped samples; the loaders call it on every batch they yield.
+
+        Raises:
+            WlsupError: once more than ``max_bad_fraction`` of the samples are known to be bad.
+        """
+        self.bad.note(batch.skipped, len(batch))
+
+    def _spec(self) -> ImageSpec:
+        """Return the spec that was set, or the one of the trainer's module."""
+        if self.image_spec is None and self.trainer is not None:
+            self.image_spec = getattr(self.trainer.lightning_module, "image_spec", None)
+        if self.image_spec is None:
+            raise WlsupError(
+                "The data module has no image_spec, so it does not know the encoder's picture size. Attach it to a "
+                "trainer whose module has an image_spec, or set data.image_spec = encoder.image_spec first."
+            )
+        return self.image_spec
+
+    def _train_loader(self, dataset: PictureDataset) -> BatchLoader:
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        sampler = EpochSampler(
+            len(dataset), batch_size=self.batch_size, seed=self.seed, rank=rank, world_size=world_size
+        )
+        if not len(sampler):
+            raise WlsupError(
+                f"batch_size={self.batch_size} on {world_size} process(es) needs {self.batch_size * world_size} "
+                f"training samples for one step, and there are {len(dataset)}. Lower batch_size or use more pairs."
+            )
+        self.bad.expect("train", len(sampler), len(dataset))
+        return make_loader(dataset, sampler, self.batch_size, self.num_workers, self.note)
+
+    def _val_loader(self, dataset: PictureDataset) -> BatchLoader:
+        # Every rank sees all of it: it is small, and retrieval ranks each caption against every picture.
+        sampler = EpochSampler(len(dataset), batch_size=self.batch_size, shuffle=False)
+        self.bad.expect("validation", len(dataset), len(dataset))
+        return make_loader(dataset, sampler, self.batch_size, self.num_workers, self.note)
+
+
+class CaptionDataModule(_KeyedDataModule):
+    """Image-caption pairs for training, held-out pairs for retrieval, labelled sets for evaluation.
+
+    Which pairs is decided by a hash of their keys; order, crops and the one caption drawn for each image in each epoch
+    by (seed, epoch, key): nothing depends on the number of workers, and a resumed run sees what it would have seen.
+
+    Args:
+        source: name of a source ("mini", "table").
+        captions: path of the captions, for sources that read files.
+        images: folder or tar of the pictures, likewise.
+        pairs: number of training images; None for all that are not held out.
+        validation_pairs: number of images held out for retrieval.
+        batch_size: of one process.
+        num_workers: processes that read pictures; 0 reads in the main one.
+        seed: of order, crops, caption draws and replacements; not of the choice of pairs.
+        crop_scale: lowest and highest area fraction of the training crop.
+        horizontal_flip: flip half the training pictures. Off: captions say "left" and "right".
+        eval_sets: names of known sets, or descriptions of one's own; None for the four mini sets.
+        max_bad_fraction: stop when more than this fraction of the images cannot be had or read.
+        source_options: the source's own settings.
+
+    Attributes:
+        image_spec: set it, or attach a trainer whose module has one.
+
+    Raises:
+        WlsupError: if a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        source: str = "mini",
+        captions: str | None = None,
+        images: str | None = None,
+        pairs: int | None = None,
+        validation_pairs: int = 256,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        crop_scale: tuple[float, float] = (0.4, 1.0),
+        horizontal_flip: bool = False,
+        eval_sets: list[str | EvalSetSpec] | None = None,
+        max_bad_fraction: float = 0.05,
+        source_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, max_bad_fraction)
+        self.source = source
+        self.request = SourceRequest(captions, images, pairs, validation_pairs, max_bad_fraction)
+        self.crop_scale = crop_scale
+        self.horizontal_flip = horizontal_flip
+        self.eval_sets: list[str | EvalSetSpec] = list(DEFAULT_EVAL_SETS) if eval_sets is None else eval_sets
+        self.source_options = source_options or {}
+        self._train: CaptionSource | None = None
+        self._validation: CaptionSource | None = None
+        self._evals: dict[ImageSpec, list[EvalSet]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the captions, check that the pictures are there, choose the pairs. A second call does nothing.
+
+        Raises:
+            WlsupError: naming the file, column, option or count at fault.
+        """
+        if self._train is not None:
+            return
+        source = load_source(self.source, self.request, self.source_options)
+        for note in source.notes:
+            _log.warning("source %s: %s", source.name, note)
+        self.bad.admit(source.dropped, listed=len(source.keys) + len(source.dropped))
+        held_out = 0 if source.validation is not None else self.request.validation_pairs
+        train, validation = split_by_hash(source.keys, self.request.pairs, held_out)
+        self._validation = source.validation if source.validation is not None else _choose(source, validation)
+        self._train = _choose(source, train)
+
+    @property
+    def manifest(self) -> list[str]:
+        """The keys of the training pairs, sorted."""
+        return self._ready().keys
+
+    @property
+    def manifest_sha256(self) -> str:
+        """SHA-256 of the manifest, one key a line: the same pairs give the same on every machine."""
+        return manifest_sha256(self.manifest)
+
+    @property
+    def pairs(self) -> int:
+        """Number of training images, each with one caption an epoch."""
+        return len(self.manifest)
+
+    def train_dataloader(self) -> BatchLoader:
+        """Return the loader of training batches (`CaptionBatch`), shuffled by (seed, epoch), whole batches only."""
+        source, spec = self._ready(), self._spec()
+        transform = TrainTransform(spec, tuple(self.crop_scale), self.horizontal_flip)
+        return self._train_loader(
+            CaptionDataset(source.keys, source.captions, source.pictures, transform, spec, self.seed)
+        )
+
+    def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
+        """Return the loader of held-out pairs (`CaptionBatch`): first captions, no augmentation, sorted by key."""
+        self._ready()
+        source, spec = self._validation, self._spec()
+        if source is None or not source.keys:
+            return []
+        return self._val_loader(
+            CaptionDataset(source.keys, source.captions, source.pictures, EvalTransform(spec), spec, self.seed)
+        )
+
+    def eval_datasets(self) -> list[EvalSet]:
+        """Return the labelled sets, built once."""
+        spec = self._spec()
+        if spec not in self._evals:
+            self._evals[spec] = [build_eval_set(entry, spec) for entry in self.eval_sets]
+        return self._evals[spec]
+
+    def _ready(self) -> CaptionSource:
+        if self._train is None:
+            self.setup()
+        if self._train is None:
+            raise WlsupError("The data module's setup did not complete.")
+        return self._train
+
+
+class ImageDataModule(_KeyedDataModule):
+    """Pictures without captions, for masked-autoencoder pretraining.
+
+    Source: He et al. 2022, the pretraining augmentation: random resized crops of 0.2 to 1 of the area, and flips.
+
+    Args:
+        images: a folder or tar, or several; None for the generated pretraining scenes.
+        pictures: number of training pictures, chosen by hash; None for all (of the generated ones, 8,000).
+        validation_pictures: number held out, for the validation loss; 0 for none.
+        batch_size: of one process.
+        num_workers: processes that read pictures.
+        seed: of order and augmentation.
+        crop_scale: lowest and highest area fraction of the crop.
+        horizontal_flip: flip half the pictures.
+        max_bad_fraction: stop when more than this fraction of the pictures cannot be read.
+
+    Attributes:
+        image_spec: set it, or attach a trainer whose module has one.
+
+    Raises:
+        WlsupError: if a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        images: str | list[str] | None = None,
+        pictures: int | None = None,
+        validation_pictures: int = 0,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        horizontal_flip: bool = True,
+        max_bad_fraction: float = 0.05,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, max_bad_fraction)
+        self.images = images
+        self.pictures = pictures
+        self.validation_pictures = validation_pictures
+        self.crop_scale = crop_scale
+        self.horizontal_flip = horizontal_flip
+        self._parts: tuple[_Keyed, _Keyed] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the pictures and choose which. A second call does nothing.
+
+        Raises:
+            WlsupError: if a folder or tar is missing, damaged or without pictures, or there are too few.
+        """
+        if self._parts is not None:
+            return
+        self._parts = self._generate() if self.images is None else self._list()
+        self.bad.admit({}, listed=len(self._parts[0][0]))
+
+    @property
+    def manifest(self) -> list[str]:
+        """The keys of the training pictures, sorted."""
+        return self._ready()[0][0]
+
+    @property
+    def manifest_sha256(self) -> str:
+        """SHA-256 of the manifest, one key a line."""
+        return manifest_sha256(self.manifest)
+
+    def train_dataloader(self) -> BatchLoader:
+        """Return the loader of training batches (`ImageBatch` with labels -1), shuffled, whole batches only."""
+        (keys, pictures), _ = self._ready()
+        spec = self._spec()
+        transform = TrainTransform(spec, tuple(self.crop_scale), self.horizontal_flip)
+        return self._train_loader(PictureDataset(keys, pictures, transform, spec, self.seed))
+
+    def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
+        """Return the loader of held-out pictures, without augmentation; an empty list if none are held out."""
+        _, (keys, pictures) = self._ready()
+        spec = self._spec()
+        return self._val_loader(PictureDataset(keys, pictures, EvalTransform(spec), spec, self.seed)) if keys else []
+
+    def _generate(self) -> tuple[_Keyed, _Keyed]:
+        """Make the mini world's pretraining scenes; those held out come from another seed."""
+        from wlsup.data.mini import mini_captions  # on use: not needed by those who train on files
+
+        train = mini_captions("pretrain", self.pictures or MINI_PICTURES, 0)
+        if not self.validation_pictures:
+            return (train.keys, MemoryPictures(train.images)), ([], MemoryPictures(train.images[:0]))
+        held_out = mini_captions("pretrain", self.validation_pictures, 1)
+        return (train.keys, MemoryPictures(train.images)), (held_out.keys, MemoryPictures(held_out.images))
+
+    def _list(self) -> tuple[_Keyed, _Keyed]:
+        """List the pictures of the folders or tars and choose by hash."""
+        paths = [self.images] if isinstance(self.images, str) else self.images or []
+        if not paths:
+            raise WlsupError("images is an empty list. Give a folder or tar, or leave it unset for generated scenes.")
+        stores = [open_store(path) for path in paths]
+        store = stores[0] if len(stores) == 1 else JoinedStore(stores)
+        names = store.names()
+        if not names:
+            raise WlsupError(
+                f"images: {store.path} holds no pictures. Check the path; .jpg, .png, .webp, ... are read."
+            )
+        train, held_out = split_by_hash(
+            names, self.pictures, self.validation_pictures, ("pictures", "validation_pictures")
+        )
+        return (train, StoredPictures(store, train)), (held_out, StoredPictures(store, held_out))
+
+    def _ready(self) -> tuple[_Keyed, _Keyed]:
+        if self._parts is None:
+            self.setup()
+        if self._parts is None:
+            raise WlsupError("The data module's setup did not complete.")
+        return self._parts
+
+
+def _choose(source: CaptionSource, keys: Sequence[str]) -> CaptionSource:
+    """Return the part of a source that ``keys`` name, in their order."""
+    position = {key: index for index, key in enumerate(source.keys)}
+    indices = [position[key] for key in keys]
+    return CaptionSource(
+        source.name, list(keys), [source.captions[index] for index in indices], _Part(source.pictures, indices)
+    )

@@ -1,0 +1,238 @@
+"""Labelled sets to judge an encoder by: the mini sets by name, one's own by a description."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from wlsup.batch import Domain, EvalSet, ImageSpec
+from wlsup.data.images import UnreadableImage, decode_rgb
+from wlsup.data.stores import ImageStore, clean_name, open_store
+from wlsup.data.table import IMAGE_COLUMNS, resolve_prefix
+from wlsup.data.tabular import Table, read_table
+from wlsup.data.transforms import EvalTransform, normalize
+from wlsup.errors import WlsupError, choose
+
+__all__ = ["EvalSetSpec", "LabelledPictures", "build_eval_set", "eval_set_names", "register_eval_set"]
+
+_TEST_NAMES = ("test", "val", "validation")
+
+
+@dataclass
+class EvalSetSpec:
+    """A labelled set of one's own.
+
+    Args:
+        name: as tables and results.json show it.
+        images: folder or tar of the pictures.
+        kind: "imagefolder" for ``train/<class>/*.jpg`` and ``test/<class>/*.jpg`` (or ``val``) in ``images``; "table"
+            for a file that names each picture's split and label.
+        labels: for "table": a CSV (TSV, JSON lines) with the columns file, split, label and, optionally, class.
+        train: name of the split that becomes the bank.
+        test: name of the split that becomes the queries; None for the first of test, val, validation that is there.
+        domain: "in" or "out", relative to what the encoder was pretrained on.
+        max_bad_fraction: highest tolerated fraction of pictures that the table lists and nobody has.
+    """
+
+    name: str
+    images: str
+    kind: Literal["imagefolder", "table"] = "table"
+    labels: str | None = None
+    train: str = "train"
+    test: str | None = None
+    domain: Domain = "out"
+    max_bad_fraction: float = 0.05
+
+
+class LabelledPictures(Dataset):
+    """Pictures with class ids.
+
+    Item i is ``(picture, label)``: a normalised float (3, S, S) tensor and an int; or, of a picture that cannot be
+    read, ``(zeros, label, "key: reason")``.
+
+    Args:
+        store: where the pictures lie.
+        names: n, as the store knows them.
+        labels: n class ids.
+        spec: the encoder's `ImageSpec`.
+    """
+
+    def __init__(self, store: ImageStore, names: Sequence[str], labels: Sequence[int], spec: ImageSpec) -> None:
+        self.store = store
+        self.names = list(names)
+        self.labels = list(labels)
+        self.spec = spec
+        self.transform = EvalTransform(spec)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[Tensor, int, str]:
+        name, label = self.names[index], self.labels[index]
+        try:
+            picture = decode_rgb(self.store.read(name))
+        except UnreadableImage as error:
+            return torch.zeros(3, self.spec.size, self.spec.size), label, f"{name}: {error.reason}"
+        return normalize(self.transform(picture), self.spec), label
+
+
+_Builder = Callable[[str, ImageSpec], EvalSet]
+_BUILDERS: dict[str, _Builder] = {}
+
+
+def register_eval_set(name: str) -> Callable[[_Builder], _Builder]:
+    """Register ``builder(name, spec) -> EvalSet`` under a name that recipes may use."""
+
+    def add(builder: _Builder) -> _Builder:
+        _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+def eval_set_names() -> list[str]:
+    """Return the names `build_eval_set` knows."""
+    # Imported on use: the generators are not needed by those who judge on their own files.
+    from wlsup.data.mini import MINI_EVAL_SETS, mini_eval_set
+
+    for name in MINI_EVAL_SETS:
+        _BUILDERS.setdefault(name, mini_eval_set)
+    return list(_BUILDERS)
+
+
+def build_eval_set(entry: str | EvalSetSpec, spec: ImageSpec) -> EvalSet:
+    """Build an evaluation set.
+
+    Args:
+        entry: one of `eval_set_names`, or a description of one's own set.
+        spec: the encoder's `ImageSpec`.
+
+    Raises:
+        WlsupError: if the name is unknown, a file or column is missing, or labels do not make sense.
+    """
+    if isinstance(entry, EvalSetSpec):
+        return _own_set(entry, spec)
+    name = choose(
+        "eval set", entry, eval_set_names(), "For a set of your own give name, kind, images, labels and domain instead."
+    )
+    return _BUILDERS[name](name, spec)
+
+
+def _own_set(entry: EvalSetSpec, spec: ImageSpec) -> EvalSet:
+    choose("kind of eval set", entry.kind, ("imagefolder", "table"))
+    choose("domain", entry.domain, ("in", "out"))
+    store = open_store(entry.images, f"images of eval set {entry.name!r}")
+    rows, class_names = _from_folders(entry, store) if entry.kind == "imagefolder" else _from_table(entry, store)
+    test = _test_split(entry, {split for split, _, _ in rows})
+    parts = {}
+    for split in (entry.train, test):
+        chosen = sorted((name, label) for part, name, label in rows if part == split)
+        parts[split] = LabelledPictures(store, [name for name, _ in chosen], [label for _, label in chosen], spec)
+    _check_classes(entry, parts[entry.train].labels, parts[test].labels, class_names)
+    return EvalSet(entry.name, entry.domain, parts[entry.train], parts[test], class_names)
+
+
+def _test_split(entry: EvalSetSpec, found: set[str]) -> str:
+    wanted = _TEST_NAMES if entry.test is None else (entry.test,)
+    test = next((name for name in wanted if name in found), None)
+    if entry.train not in found or test is None:
+        missing = entry.train if entry.train not in found else " or ".join(wanted)
+        there = ", ".join(sorted(found)) or "none"
+        raise WlsupError(
+            f"Eval set {entry.name!r} has no pictures in split {missing!r}. Found: {there}. "
+            f"Set train and test to the names of its splits, or check images ({entry.images})."
+        )
+    return test
+
+
+def _check_classes(entry: EvalSetSpec, train: list[int], test: list[int], class_names: Sequence[str]) -> None:
+    unseen = sorted(set(test) - set(train))
+    if unseen:
+        raise WlsupError(
+            f"Eval set {entry.name!r}: {len(unseen)} classes have test pictures and no training picture, such as "
+            f"{class_names[unseen[0]]!r}, so that no neighbour can be right. Check the splits."
+        )
+
+
+def _from_folders(entry: EvalSetSpec, store: ImageStore) -> tuple[list[tuple[str, str, int]], list[str]]:
+    """Read ``split/class/.../picture``; return rows of (split, name, label) and the class names."""
+    names = store.names()
+    marker = f"{entry.train}/"
+    prefix = ""
+    if not any(name.startswith(marker) for name in names):  # the splits may lie in one folder in an archive
+        above = {name.partition(f"/{marker}")[0] for name in names if f"/{marker}" in name}
+        prefix = f"{above.pop()}/" if len(above) == 1 else ""
+    found = []
+    for name in names:
+        parts = name.removeprefix(prefix).split("/")
+        if name.startswith(prefix) and len(parts) >= 3:
+            found.append((parts[0], name, parts[1]))
+    splits = {entry.train, *(_TEST_NAMES if entry.test is None else (entry.test,))}
+    class_names = sorted({label for split, _, label in found if split in splits})
+    ids = {label: position for position, label in enumerate(class_names)}
+    return [(split, name, ids[label]) for split, name, label in found if split in splits], class_names
+
+
+def _from_table(entry: EvalSetSpec, store: ImageStore) -> tuple[list[tuple[str, str, int]], list[str]]:
+    """Read a table of file, split, label and class; return rows of (split, name, label) and the class names."""
+    if entry.labels is None:
+        raise WlsupError(
+            f"Eval set {entry.name!r} is of kind 'table' and needs labels: a CSV with the columns file, split, label "
+            "and, optionally, class. For folders named by class set kind to 'imagefolder'."
+        )
+    table = read_table(entry.labels)
+    files = table.column("a column of file names", None, IMAGE_COLUMNS)
+    splits = table.column("a column of splits", None, ("split", "partition", "subset"))
+    labels = table.column("a column of labels", None, ("label", "class_id", "target", "class"))
+    names = [name.casefold() for name in table.columns]
+    classes = names.index("class") if "class" in names else labels
+    rows = [
+        (row.line, *(_text(row.values[column]) for column in (files, splits, labels, classes))) for row in table.rows
+    ]
+    ids, class_names = _class_ids(table, [(line, label, name) for line, _, _, label, name in rows])
+    prefix = resolve_prefix(store, [clean_name(file) for _, file, *_ in rows])
+    found = [(split, prefix + clean_name(file), ids[label]) for _, file, split, label, _ in rows]
+    _check_files(entry, store, [name for _, name, _ in found])
+    return found, class_names
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _class_ids(table: Table, rows: Sequence[tuple[int, str, str]]) -> tuple[dict[str, int], list[str]]:
+    """Number the labels: integers in their own order, which keeps 0..C-1 as they are; names alphabetically."""
+    named: dict[str, str] = {}
+    for line, label, name in rows:
+        if not label:
+            raise WlsupError(f"{table.path}, line {line}: no label. Every row needs one; remove the row or label it.")
+        if named.setdefault(label, name) != name:
+            raise WlsupError(
+                f"{table.path}, line {line}: label {label} is class {name!r} here and {named[label]!r} above. "
+                "Each label must have one class name."
+            )
+    numeric = all(label.isdigit() for label in named)
+    ordered = sorted(named, key=int) if numeric else sorted(named)
+    return {label: position for position, label in enumerate(ordered)}, [named[label] for label in ordered]
+
+
+def _check_files(entry: EvalSetSpec, store: ImageStore, names: Sequence[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise WlsupError(
+            f"{entry.labels} lists {len(repeated)} pictures more than once, such as {repeated[0]!r}. Each picture may "
+            "be in one split, with one label."
+        )
+    missing = [(name, why) for name in names if (why := store.problem(name)) is not None]
+    if len(missing) > entry.max_bad_fraction * len(names):
+        name, why = missing[0]
+        raise WlsupError(
+            f"Eval set {entry.name!r}: {len(missing)} of {len(names)} pictures cannot be had, such as {name!r} "
+            f"({why}). Check images ({entry.images}), or raise max_bad_fraction ({entry.max_bad_fraction:g})."
+        )

@@ -1,0 +1,184 @@
+"""Sources of captioned pictures, by name: each gives keys, captions and a way to read the pictures."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from wlsup.data.images import decode_rgb
+from wlsup.data.stores import ImageStore
+from wlsup.errors import WlsupError, choose
+
+__all__ = [
+    "CaptionSource",
+    "MemoryPictures",
+    "Pictures",
+    "SourceRequest",
+    "StoredPictures",
+    "load_source",
+    "register",
+    "source_names",
+]
+
+
+class Pictures(Protocol):
+    """Pictures by position; picklable, and safe to read from several workers."""
+
+    def __len__(self) -> int:
+        """Return their number."""
+        ...
+
+    def read(self, index: int) -> Tensor:
+        """Return picture ``index`` as (3, H, W) uint8.
+
+        Raises:
+            UnreadableImage: saying why.
+        """
+        ...
+
+
+@dataclass
+class MemoryPictures:
+    """Pictures held in memory.
+
+    Args:
+        images: (n, 3, H, W) uint8.
+    """
+
+    images: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Tensor:
+        """Return picture ``index`` as (3, H, W) uint8."""
+        return self.images[index]
+
+
+@dataclass
+class StoredPictures:
+    """Pictures in a folder or an archive.
+
+    Args:
+        store: where they lie.
+        names: one a picture, as the store knows them.
+    """
+
+    store: ImageStore
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Tensor:
+        """Return picture ``index`` as (3, H, W) uint8; Raises `UnreadableImage` saying why not."""
+        return decode_rgb(self.store.read(self.names[index]))
+
+
+@dataclass
+class CaptionSource:
+    """Captioned pictures.
+
+    Args:
+        name: of the source.
+        keys: n stable, distinct names, the same on every machine.
+        captions: n lists of at least one caption each.
+        pictures: the n pictures, in the same order.
+        dropped: key and reason of pictures listed but left out (file missing, no caption).
+        notes: sentences about what was mended or left out in reading, for the log.
+        validation: held-out pairs, where the source has its own; otherwise they are split off by hash.
+    """
+
+    name: str
+    keys: list[str]
+    captions: list[list[str]]
+    pictures: Pictures
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    validation: CaptionSource | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.keys) == len(self.captions) == len(self.pictures):
+            raise ValueError(
+                f"{self.name}: {len(self.keys)} keys, {len(self.captions)} caption lists, {len(self.pictures)} pictures"
+            )
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """What a data module asks a source for.
+
+    Args:
+        captions: path of the captions, if given.
+        images: path of the pictures, if given.
+        pairs: number of training pairs wanted; None for all there are.
+        validation_pairs: number of held-out pairs wanted.
+        max_bad_fraction: highest tolerated fraction of bad rows, for errors that only the source can see.
+    """
+
+    captions: str | None = None
+    images: str | None = None
+    pairs: int | None = None
+    validation_pairs: int = 0
+    max_bad_fraction: float = 0.05
+
+
+_Builder = Callable[..., CaptionSource]
+_BUILDERS: dict[str, _Builder] = {}
+_MODULES = ("wlsup.data.mini_source", "wlsup.data.table")
+
+
+def register(name: str) -> Callable[[_Builder], _Builder]:
+    """Register a source under ``name``.
+
+    The builder is called as ``builder(request, **options)``; its keyword-only parameters are the options the source
+    takes through ``source_options``.
+    """
+
+    def add(builder: _Builder) -> _Builder:
+        _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+def source_names() -> list[str]:
+    """Return the names of all sources, sorted."""
+    for module in _MODULES:
+        importlib.import_module(module)
+    return sorted(_BUILDERS)
+
+
+def load_source(name: str, request: SourceRequest, options: Mapping[str, Any] | None = None) -> CaptionSource:
+    """Build a source.
+
+    Args:
+        name: one of `source_names`.
+        request: paths and sizes.
+        options: the source's own settings.
+
+    Raises:
+        WlsupError: if the name or an option is unknown, or the source finds fault with its files.
+    """
+    builder = _BUILDERS[choose("source", name, source_names())]
+    allowed = [
+        parameter.name
+        for parameter in inspect.signature(builder).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for option in options or {}:
+        choose(f"option of source {name!r} in source_options:", option, allowed)
+    source = builder(request, **(options or {}))
+    if not source.keys:
+        causes = sorted(set(source.dropped.values()))[:3]
+        raise WlsupError(
+            f"Source {name!r} has no usable pair"
+            + (f" ({'; '.join(causes)})" if causes else "")
+            + ". Check the paths of captions and images."
+        )
+    return source

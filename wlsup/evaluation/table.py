@@ -1,0 +1,151 @@
+"""The k-NN part of results.json as a person reads it: in a terminal, in plain text, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["knn_markdown", "knn_table", "knn_text", "print_knn_table"]
+
+_HEADERS = ("set", "domain", "k", "pretrained", "fine-tuned", "change", "95% interval", "")
+_RIGHT = (False, False, True, True, True, True, True, False)
+_STYLES = {"gain": "green", "loss": "red", "unsure": "dim", "mean": ""}
+_VERDICTS = {"gain": "gain", "loss": "loss", "unsure": "within noise", "mean": ""}
+_NOTE = "Top-1 accuracy in %, change in points; gain and loss where the 95% interval (paired bootstrap) excludes 0."
+
+
+@dataclass(frozen=True)
+class _Row:
+    cells: tuple[str, ...]
+    verdict: Literal["gain", "loss", "unsure", "mean"]
+
+
+def knn_table(results: Mapping[str, Any]) -> Table:
+    """Return results.json's k-NN part as a rich table: green for gains, red for losses, dim for what may be noise.
+
+    Args:
+        results: what results.json holds.
+    """
+    rows = _rows(results)
+    table = Table(title=_title(results), caption=_NOTE, title_justify="left", caption_justify="left")
+    for header, right in zip(_HEADERS, _RIGHT, strict=True):
+        table.add_column(header, justify="right" if right else "left", no_wrap=True)
+    for position, row in enumerate(rows):
+        if row.verdict == "mean" and rows[position - 1].verdict != "mean":
+            table.add_section()
+        style = _STYLES[row.verdict]
+        # Accuracies are facts and stay plain; only what the change says is coloured.
+        table.add_row(*(Text(cell, style if column >= 5 else "") for column, cell in enumerate(row.cells)))
+    return table
+
+
+def knn_text(results: Mapping[str, Any]) -> str:
+    """Return the same as plain ASCII text, for a pipe or a log file: the last column says what colour would.
+
+    Args:
+        results: what results.json holds.
+    """
+    rows = _rows(results)
+    lines = [_HEADERS, *(row.cells for row in rows)]
+    widths = [max(len(cells[column]) for cells in lines) for column in range(len(_HEADERS))]
+    text = [_title(results)]
+    for position, cells in enumerate(lines):
+        if position == 1 or (position > 1 and rows[position - 1].verdict == "mean" != rows[position - 2].verdict):
+            text.append("  ".join("-" * width for width in widths).rstrip())
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(cells, widths, _RIGHT, strict=True)
+        )
+        text.append("  ".join(padded).rstrip())
+    return "\n".join([*text, _NOTE])
+
+
+def knn_markdown(results: Mapping[str, Any]) -> str:
+    """Return the same in Markdown, for TensorBoard and the README; gains and losses are bold.
+
+    Args:
+        results: what results.json holds.
+    """
+    lines = [
+        "| " + " | ".join(_HEADERS) + " |",
+        "|" + "|".join("---:" if right else "---" for right in _RIGHT) + "|",
+    ]
+    for row in _rows(results):
+        cells = [cell.replace("|", r"\|") for cell in row.cells]
+        if row.verdict in ("gain", "loss"):
+            cells[5], cells[7] = f"**{cells[5]}**", f"**{cells[7]}**"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([f"{_title(results)}", "", *lines, "", _NOTE])
+
+
+def print_knn_table(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Show the k-NN part of results.json: the rich table in a terminal wide enough for it, plain text elsewhere.
+
+    Args:
+        results: what results.json holds.
+        console: None for standard output.
+    """
+    console = console or Console()
+    if console.is_terminal:
+        table = knn_table(results)
+        if console.measure(table).minimum <= console.width:
+            console.print(table)
+            return
+    # Past rich's own print, which would wrap the lines.
+    console.file.write(knn_text(results) + "\n")
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    run = [str(results[key]) for key in ("approach", "preset") if key in results]
+    run += [f"seed {results['seed']}"] if "seed" in results else []
+    temperatures = sorted({entry["temperature"] for entry in results["knn"].values() if "temperature" in entry})
+    protocol = "k-NN" + "".join(f", T = {temperature:g}" for temperature in temperatures)
+    return f"{protocol}: {', '.join(run)}" if run else protocol
+
+
+def _rows(results: Mapping[str, Any]) -> list[_Row]:
+    entries: Mapping[str, Mapping[str, Any]] = results["knn"]
+    ordered = sorted(entries.items(), key=lambda item: item[1]["domain"] != "in")  # stable: in domain first
+    rows = [_set_row(name, entry) for name, entry in ordered]
+    for domain, name in (("in", "in-domain mean"), ("out", "out-of-domain mean")):
+        members = [entry for entry in entries.values() if entry["domain"] == domain]
+        if members:
+            rows.append(_mean_row(name, domain, members))
+    return rows
+
+
+def _set_row(name: str, entry: Mapping[str, Any]) -> _Row:
+    head = (name, entry["domain"], str(entry["k"]), _percent(entry["pretrained"]))
+    if entry.get("finetuned") is None:
+        return _Row((*head, "", "", "", ""), "unsure")
+    low, high = entry["ci95"]
+    verdict: Literal["gain", "loss", "unsure"] = "gain" if low > 0 else "loss" if high < 0 else "unsure"
+    interval = f"[{_points(low)}, {_points(high)}]"
+    return _Row((*head, _percent(entry["finetuned"]), _points(entry["delta"]), interval, _VERDICTS[verdict]), verdict)
+
+
+def _mean_row(name: str, domain: str, entries: Iterable[Mapping[str, Any]]) -> _Row:
+    entries = list(entries)
+    before = _percent(_mean([entry["pretrained"] for entry in entries]))
+    if any(entry.get("finetuned") is None for entry in entries):
+        return _Row((name, domain, "", before, "", "", "", ""), "mean")
+    after, change = (_mean([entry[key] for entry in entries]) for key in ("finetuned", "delta"))
+    return _Row((name, domain, "", before, _percent(after), _points(change), "", ""), "mean")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def _points(fraction: float) -> str:
+    points = f"{100 * fraction:+.1f}"
+    return "0.0" if points in ("+0.0", "-0.0") else points

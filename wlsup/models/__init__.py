@@ -1,0 +1,1 @@
+"""The models: pretrained vision encoders, masked autoencoders, text and language models."""

@@ -1,0 +1,107 @@
+"""A frozen text encoder from transformers: captions in, a `Condition` out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from wlsup.batch import Condition
+from wlsup.errors import WlsupError
+from wlsup.models.weights import tensors_sha256
+
+__all__ = ["TextEncoder", "TextSpec"]
+
+MINI_TEXT = Path(__file__).parent.parent / "assets" / "mini" / "text"
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Which text encoder, and how it reads.
+
+    Args:
+        weights: "mini", a hub id of transformers (``google-bert/bert-base-uncased``) or a local folder of one.
+        pooling: "mean" over tokens (Sentence-BERT's convention), "cls", or "auto": the model's own pooled output where
+            it was trained to give one (CLIP, SigLIP), else "mean".
+        max_length: captions are cut to this many tokens.
+    """
+
+    weights: str = "mini"
+    pooling: Literal["auto", "mean", "cls"] = "auto"
+    max_length: int = 64
+
+
+class TextEncoder(nn.Module):
+    """A text encoder that is only read.
+
+    Args:
+        spec: which one.
+
+    Raises:
+        WlsupError: the folder or hub id holds no text encoder and tokenizer; the message says where it looked.
+    """
+
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model, self.tokenizer = _load(spec.weights)
+        self.width: int = self.model.config.hidden_size
+        limit = getattr(self.model.config, "max_position_embeddings", spec.max_length)
+        self.max_length = min(spec.max_length, limit)
+        self.base = {"id": spec.weights, "sha256": tensors_sha256(self.model.state_dict())}
+        self._own_pooling = self.model.config.model_type in _POOLED_BY_TRAINING
+
+    @torch.no_grad()
+    def forward(self, captions: list[str]) -> Condition:
+        """B captions -> tokens (B, M, C), mask (B, M), pooled (B, C), all present."""
+        device = next(self.model.parameters()).device
+        batch = self.tokenizer(
+            captions, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(device)
+        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        tokens = output.last_hidden_state.float()
+        mask = batch["attention_mask"].bool()
+        pooling = self.spec.pooling
+        if pooling == "auto":
+            pooling = "own" if self._own_pooling else "mean"
+        if pooling == "own":
+            pooled = output.pooler_output.float()
+        elif pooling == "cls":
+            pooled = tokens[:, 0]
+        else:
+            weight = mask.unsqueeze(-1).to(tokens.dtype)
+            pooled = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return Condition(tokens, mask, pooled, torch.ones(len(captions), dtype=torch.bool, device=device))
+
+
+_POOLED_BY_TRAINING = ("clip_text_model", "siglip_text_model", "siglip2_text_model")
+
+
+def _load(weights: str) -> tuple[nn.Module, object]:
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+
+    place = str(MINI_TEXT) if weights == "mini" else weights
+    if Path(place).is_absolute() and not Path(place).is_dir():
+        raise WlsupError(f"No text encoder at {place}: not a folder. Give a transformers folder, a hub id or 'mini'.")
+    try:
+        config = AutoConfig.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        known = type(getattr(config, "text_config", config)) in AutoModelForTextEncoding._model_mapping
+        loader = AutoModelForTextEncoding if known else AutoModel
+        model = loader.from_pretrained(place, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        raise WlsupError(
+            f"No text encoder and tokenizer in {weights!r}: looked for a local folder of that name and in the hub's "
+            f"cache {HF_HUB_CACHE}, and could not fetch it. On a machine with a network run `hf download {weights}`, "
+            f"or give a folder that holds config.json, model.safetensors and tokenizer.json. ({_first_line(error)})"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

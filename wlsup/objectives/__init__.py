@@ -1,0 +1,1 @@
+"""The objectives: pure loss functions."""

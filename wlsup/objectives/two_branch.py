@@ -1,0 +1,119 @@
+"""Masked reconstruction told by the caption, contrast without it: the objective of MAE + contrastive language.
+
+The image tower must never see the caption it is matched to. Were image i encoded under caption i and then matched to
+caption i, the loss would fall to zero with no image-text learning at all, by passing the caption through. So captions
+condition the reconstruction branch, and the contrastive branch runs under the null condition: the state in which
+evaluation runs the encoder too, whose null embedding it therefore trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wlsup.batch import Condition
+from wlsup.errors import WlsupError
+from wlsup.models.heads import ContrastiveHead
+from wlsup.models.mae import MaskedAutoencoder, random_masking
+from wlsup.objectives.contrastive import info_nce, siglip
+from wlsup.objectives.reconstruction import reconstruction_loss
+
+__all__ = ["ObjectiveSpec", "image_embedding", "two_branch_losses"]
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """Which losses, how much of each, and what each branch sees.
+
+    Args:
+        contrastive: "infonce" (CLIP) or "siglip".
+        contrastive_weight: factor of the contrastive loss; 0 leaves the branch out.
+        reconstruction_weight: factor of the masked reconstruction loss; 0 leaves the branch out.
+        mask_ratio: share of the patches that the reconstruction branch does not see, in [0, 1).
+        caption_dropout: probability with which the reconstruction branch runs a sample under the null condition.
+        contrastive_view: "full" pictures, or "masked" ones at ``mask_ratio`` (FLIP, Li et al. 2023: cheaper).
+        projection_width: channels of the shared image-text space.
+    """
+
+    contrastive: Literal["infonce", "siglip"] = "infonce"
+    contrastive_weight: float = 1.0
+    reconstruction_weight: float = 1.0
+    mask_ratio: float = 0.75
+    caption_dropout: float = 0.5
+    contrastive_view: Literal["full", "masked"] = "full"
+    projection_width: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_ratio < 1:
+            raise WlsupError(f"mask_ratio must be in [0, 1), not {self.mask_ratio}.")
+        if not 0 <= self.caption_dropout <= 1:
+            raise WlsupError(f"caption_dropout must be in [0, 1], not {self.caption_dropout}.")
+        if min(self.contrastive_weight, self.reconstruction_weight) < 0 or not (
+            self.contrastive_weight or self.reconstruction_weight
+        ):
+            raise WlsupError("contrastive_weight and reconstruction_weight must be >= 0, and not both 0.")
+
+
+def image_embedding(mae: MaskedAutoencoder, head: ContrastiveHead, images: Tensor, spec: ObjectiveSpec) -> Tensor:
+    """Encode pictures for the contrastive branch: under the null condition, never under their own caption.
+
+    Args:
+        mae: holds the encoder.
+        head: its image projection is applied.
+        images: (B, 3, H, W).
+        spec: says whether the branch sees the full picture or a masked one.
+
+    Returns:
+        (B, projection_width), of unit length.
+    """
+    keep = None
+    if spec.contrastive_view == "masked" and mae.training:
+        patches = (images.shape[-2] // mae.patch_size) * (images.shape[-1] // mae.patch_size)
+        keep, _, _ = random_masking(len(images), patches, spec.mask_ratio, device=images.device)
+    return head.embed_images(mae.encoder(images, condition=None, ids_keep=keep).pooled)
+
+
+def two_branch_losses(
+    mae: MaskedAutoencoder,
+    head: ContrastiveHead,
+    images: Tensor,
+    captions: Condition,
+    spec: ObjectiveSpec,
+    keys: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """Return the losses of one batch.
+
+    Args:
+        mae: encoder and decoder; adapters may be attached to the encoder.
+        head: projections and logit scale of the contrastive branch.
+        images: (B, 3, H, W), normalised.
+        captions: the encoded captions, ``captions.pooled[i]`` of ``images[i]``.
+        spec: weights and views.
+        keys: B names of the pictures; pairs of one picture are not each other's negatives.
+
+    Returns:
+        "loss", the weighted sum, and each part unweighted: "reconstruction", "contrastive".
+    """
+    losses: dict[str, Tensor] = {}
+    total = images.new_zeros((), dtype=torch.float32)
+    if spec.reconstruction_weight:
+        told = captions.drop(spec.caption_dropout)
+        output = mae(images, condition=told, mask_ratio=spec.mask_ratio)
+        losses["reconstruction"] = reconstruction_loss(
+            output.prediction, images, output.mask, mae.patch_size, mae.normalize_pixels
+        )
+        total = total + spec.reconstruction_weight * losses["reconstruction"]
+    if spec.contrastive_weight:
+        image = image_embedding(mae, head, images, spec)
+        text = head.embed_captions(captions.pooled)
+        if spec.contrastive == "siglip":
+            losses["contrastive"] = siglip(image, text, head.logit_scale, head.logit_bias, keys=keys)
+        else:
+            losses["contrastive"] = info_nce(image, text, head.logit_scale, keys=keys)
+        total = total + spec.contrastive_weight * losses["contrastive"]
+    losses["loss"] = total
+    return losses
