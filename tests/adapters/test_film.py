@@ -20,7 +20,9 @@ def test_it_scales_and_shifts_every_channel_of_every_token_after_the_norms():
     adapter = FiLM(48, 2, condition_width=24)
     torch.nn.init.normal_(adapter.generators[1].weight)
     torch.nn.init.normal_(adapter.generators[1].bias)
-    condition = Condition(torch.randn(2, 5, 24), torch.ones(2, 5, dtype=torch.bool), torch.randn(2, 24), torch.ones(2, dtype=torch.bool))
+    condition = Condition(
+        torch.randn(2, 5, 24), torch.ones(2, 5, dtype=torch.bool), torch.randn(2, 24), torch.ones(2, dtype=torch.bool)
+    )
     seen = {}
     encoder.blocks[0].norm2.register_forward_hook(lambda m, i, o: seen.update(plain=o))
     adapter.attach(encoder)

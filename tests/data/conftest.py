@@ -26,7 +26,7 @@ def spec() -> ImageSpec:
 
 @pytest.fixture
 def make_set(tmp_path):
-    """Write ``number`` pictures with ``captions`` captions each; ``bad`` maps an index to other bytes (None: no file)."""
+    """Write pictures with ``captions`` captions each; ``bad`` maps an index to other bytes, or to None for no file."""
 
     def make(number=24, captions=2, bad=None, tar=False, name="pairs"):
         bad = bad or {}
@@ -45,7 +45,9 @@ def make_set(tmp_path):
         with open(table, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["image", "caption"])
-            writer.writerows([f"{i:03d}.jpg", f"picture {i}, caption {j}"] for i in range(number) for j in range(captions))
+            writer.writerows(
+                [f"{i:03d}.jpg", f"picture {i}, caption {j}"] for i in range(number) for j in range(captions)
+            )
         return {"captions": str(table), "images": str(images)}
 
     return make

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -48,6 +51,8 @@ def test_an_epoch_shows_each_image_once_with_one_caption_and_epochs_draw_others(
             for key, caption in zip(batch.keys, batch.captions, strict=True):
                 drawn.setdefault(key, set()).add(caption)
     assert sum(len(captions) == 2 for captions in drawn.values()) > 15
+    views = [{key: view for b in batches for key, view in zip(b.keys, b.images, strict=True)} for batches in epochs[:2]]
+    assert all(not torch.equal(view, views[1][key]) for key, view in views[0].items())
     assert keys_of(epochs[0]) != keys_of(epochs[1])
 
 
@@ -78,7 +83,9 @@ def test_a_view_depends_on_the_key_and_not_on_the_neighbours(make_module, make_s
     views = []
     for batch_size in (4, 5, 20):
         module = make_module(files, batch_size=batch_size)
-        views.append({k: (x, c) for b in epoch_of(module, 3) for k, x, c in zip(b.keys, b.images, b.captions, strict=True)})
+        views.append(
+            {k: (x, c) for b in epoch_of(module, 3) for k, x, c in zip(b.keys, b.images, b.captions, strict=True)}
+        )
     for key, (view, caption) in views[0].items():
         for other in views[1:]:
             assert torch.equal(view, other[key][0]) and caption == other[key][1]
@@ -89,6 +96,32 @@ def test_the_seed_changes_order_and_views_but_not_the_choice_of_pairs(make_modul
     one, two = make_module(files, pairs=12), make_module(files, pairs=12, seed=1)
     assert not same(epoch_of(one), epoch_of(two))
     assert one.manifest == two.manifest and one.manifest_sha256 == two.manifest_sha256
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_with_two_workers_see_every_key_once_also_after_a_resume(make_module, make_set, spec):
+    files = make_set(50)
+
+    def loader_of(rank):
+        module = make_module(files, num_workers=2, validation_pairs=2)
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=2, lightning_module=None)
+        return module, module.train_dataloader()
+
+    whole = []
+    for rank in range(2):
+        module, loader = loader_of(rank)
+        whole.append(epoch_of(module, 1, loader))
+    keys = keys_of(whole[0]) + keys_of(whole[1])
+    assert sorted(keys) == module.manifest and [len(part) for part in whole] == [6, 6]
+
+    for rank in range(2):
+        _, killed = loader_of(rank)
+        killed.sampler.set_epoch(1)
+        first = [batch for _, batch in zip(range(4), killed, strict=False)]
+        module, resumed = loader_of(rank)
+        resumed.load_state_dict(killed.state_dict())
+        assert same(first + epoch_of(module, 1, resumed), whole[rank])
+        assert same(epoch_of(module, 1, resumed), whole[rank])  # the state is used once
 
 
 def test_the_loader_leaves_the_global_random_state_alone(make_module):
@@ -105,11 +138,8 @@ def test_held_out_pairs_are_never_trained_on_and_come_plain(make_module):
     assert len(keys_of(batches)) == 4 and not set(keys_of(batches)) & set(module.manifest)
     assert all(caption.endswith("caption 0") for batch in batches for caption in batch.captions)
     assert same(batches, list(module.val_dataloader()))
-    assert make_module(validation_pairs=0, files=None if False else _reuse(module)).val_dataloader() == []
-
-
-def _reuse(module):
-    return {"captions": module.request.captions, "images": module.request.images}
+    everything = make_module({"captions": module.request.captions, "images": module.request.images}, validation_pairs=0)
+    assert everything.val_dataloader() == [] and len(everything.manifest) == 24
 
 
 @pytest.mark.multiprocess
@@ -134,10 +164,10 @@ def test_unreadable_pictures_are_replaced_counted_once_and_named(make_module, ma
 def test_a_held_out_picture_that_cannot_be_read_is_left_out_and_named(make_module, make_set):
     files = make_set()
     held_out = keys_of(make_module(files).val_dataloader())
-    (files_path := __import__("pathlib").Path(files["images"]) / held_out[0]).write_bytes(b"")
+    (Path(files["images"]) / held_out[0]).write_bytes(b"")
     module = make_module(files, max_bad_fraction=0.2)
     assert keys_of(module.val_dataloader()) == held_out[1:]
-    assert module.skipped == {files_path.name: "zero bytes"}
+    assert module.skipped == {held_out[0]: "zero bytes"}
 
 
 @pytest.mark.multiprocess
@@ -180,7 +210,9 @@ def test_missing_pictures_change_no_subset_they_are_not_in(make_module, make_set
     held_out = keys_of(whole.val_dataloader())
     outside = [i for i in range(60) if f"{i:03d}.jpg" not in {*whole.manifest, *held_out}]
     lossy = make_module(
-        make_set(60, bad=dict.fromkeys(random.Random(0).sample(outside, 7)), name="lossy"), pairs=20, max_bad_fraction=0.5
+        make_set(60, bad=dict.fromkeys(random.Random(0).sample(outside, 7)), name="lossy"),
+        pairs=20,
+        max_bad_fraction=0.5,
     )
     assert lossy.manifest_sha256 == whole.manifest_sha256
     assert keys_of(lossy.val_dataloader()) == held_out
@@ -307,16 +339,18 @@ class SaveRandomState(lightning.Callback):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("saved_every", [3, 5])  # in mid-epoch, and at an epoch's end
-def test_a_run_killed_in_mid_epoch_resumes_on_the_very_next_batch(make_module, make_set, spec, tmp_path, workers, saved_every):
+def test_a_run_killed_in_mid_epoch_resumes_on_the_very_next_batch(
+    make_module, make_set, spec, tmp_path, workers, saved_every
+):
     files = make_set()
 
     def run(fail_at=None, ckpt_path=None):
         saver = lightning.pytorch.callbacks.ModelCheckpoint(
             tmp_path / "saved", every_n_train_steps=saved_every, save_top_k=-1, filename="{step}"
         )
-        recorder = Recorder(spec, fail_at)
         torch.manual_seed(0)
-        try:
+        recorder = Recorder(spec, fail_at)
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
             fit(
                 make_module(files, num_workers=workers),
                 recorder,
@@ -325,8 +359,6 @@ def test_a_run_killed_in_mid_epoch_resumes_on_the_very_next_batch(make_module, m
                 callbacks=[saver, SaveRandomState()],
                 num_sanity_val_steps=0,
             )
-        except (KeyboardInterrupt, SystemExit):
-            pass
         return recorder.seen
 
     whole = run()
@@ -351,7 +383,9 @@ def test_the_command_line_can_show_and_check_the_settings(tmp_path):
         "source: table\ncrop_scale: [0.5, 1.0]\nsource_options: {header: false}\n"
         "eval_sets: [mini_shapes, {name: mine, images: x.tar, labels: l.csv, domain: in}]\n"
     )
-    config = parser.instantiate_classes(parser.parse_args(["--data", str(tmp_path / "c.yaml"), "--data.pairs", "20"])).data
+    config = parser.instantiate_classes(
+        parser.parse_args(["--data", str(tmp_path / "c.yaml"), "--data.pairs", "20"])
+    ).data
     assert config.request.pairs == 20 and config.crop_scale == (0.5, 1.0) and config.eval_sets[1].domain == "in"
     with pytest.raises(Exception, match="batch_size"):
         parser.parse_args(["--data.batch_size", "many"])

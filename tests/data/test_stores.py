@@ -46,7 +46,11 @@ def test_hostile_members_are_refused_and_named(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = 1
             archive.addfile(member, io.BytesIO(b"x"))
-        for name, kind in (("soft.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("pipe.jpg", tarfile.FIFOTYPE)):
+        for name, kind in (
+            ("soft.jpg", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),
+            ("pipe.jpg", tarfile.FIFOTYPE),
+        ):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
             archive.addfile(member)
@@ -61,13 +65,18 @@ def test_hostile_members_are_refused_and_named(tmp_path):
 
 def test_a_tar_cut_anywhere_is_noticed(tmp_path):
     whole = write_tar(tmp_path / "x.tar", FILES).read_bytes()
-    last = max(range(len(whole)), key=lambda i: whole[i] != 0 and i)  # last byte that is not zero
+    last = len(whole.rstrip(b"\0"))
     boundary = 512 + (len(FILES["part/0.jpg"]) + 511) // 512 * 512  # exactly between two members
-    for cut in (0, 1, 100, 511, 512, 513, boundary, boundary + 300, len(whole) // 2, last // 512 * 512):
+    for cut in (0, 1, 100, 511, 512, 513, boundary, boundary + 300, len(whole) // 2, last - 1, last):
         broken = tmp_path / "broken.tar"
         broken.write_bytes(whole[:cut])
         with pytest.raises(WlsupError, match=r"truncated or damaged after \d+ files .* again"):
             TarStore(broken)
+    smashed = bytearray(whole)
+    smashed[boundary : boundary + 512] = b"x" * 512  # the second header
+    broken.write_bytes(smashed)
+    with pytest.raises(WlsupError, match=r"after 1 files \(a header is corrupt\)"):
+        TarStore(broken)
 
 
 def test_what_is_no_tar_is_refused(tmp_path):
@@ -85,8 +94,9 @@ def test_what_is_no_tar_is_refused(tmp_path):
         open_store(tmp_path / "x.7z")
 
 
-def _read_all(store, rounds, results):
-    results.put(all(store.read(name) == content for _ in range(rounds) for name, content in FILES.items()))
+def _read_all(store, barrier, results):
+    barrier.wait(30)
+    results.put(all(store.read(name) == content for _ in range(5000) for name, content in FILES.items()))
 
 
 @pytest.mark.multiprocess
@@ -94,11 +104,11 @@ def test_forked_readers_of_one_open_tar_do_not_disturb_each_other(tmp_path):
     store = open_store(write_tar(tmp_path / "x.tar", FILES))
     store.read("part/0.jpg")  # the file is open before the fork
     context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    workers = [context.Process(target=_read_all, args=(store, 300, results)) for _ in range(2)]
+    results, barrier = context.Queue(), context.Barrier(3)
+    workers = [context.Process(target=_read_all, args=(store, barrier, results)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    _read_all(store, 300, results)
+    _read_all(store, barrier, results)
     assert all(results.get(timeout=60) for _ in range(3))
     for worker in workers:
         worker.join()

@@ -22,6 +22,12 @@ def test_a_smaller_subset_lies_inside_a_larger_one_and_never_meets_the_held_out(
     assert not set(everything) & set(held_out) and len(everything) == 2800
 
 
+def test_neither_choice_follows_the_names():
+    train, held_out = split_by_hash(KEYS, 1000, 200)
+    for chosen in (train, held_out):
+        assert 0.4 < sum(key < KEYS[1500] for key in chosen) / len(chosen) < 0.6
+
+
 def test_the_subset_does_not_depend_on_the_order_of_the_keys():
     shuffled = random.Random(0).sample(KEYS, len(KEYS))
     assert split_by_hash(shuffled, 1000, 200) == split_by_hash(KEYS, 1000, 200)
@@ -46,8 +52,9 @@ def test_the_choice_is_sha256_and_not_python_s_salted_hash():
     assert hash_order("abc", "salt") == expected
     code = "from wlsup.data.subset import *; print(manifest_sha256(split_by_hash(list(map(str, range(99))), 9, 9)[0]))"
     runs = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": seed, **_env()})
-        .stdout
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": seed, **_env()}
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(runs) == 1 and len(runs.pop().strip()) == 64

@@ -38,7 +38,7 @@ def pairs(source):
     ("name", "content"),
     [
         ("t.csv", 'image,caption\na.jpg,"one, two"\nb.jpg,three\n'),
-        ("t.csv", "caption,other,FilePath\n\"one, two\",x,a.jpg\nthree,y,b.jpg\n"),
+        ("t.csv", 'caption,other,FilePath\n"one, two",x,a.jpg\nthree,y,b.jpg\n'),
         ("t.csv", "image;caption\na.jpg;one, two\nb.jpg;three\n"),
         ("t.csv", "image,caption\r\na.jpg,one, two\r\nb.jpg,three\r\n"),  # an unquoted comma, as in Flickr30k
         ("t.tsv", "title\tfile\none, two\ta.jpg\nthree\tb.jpg\n"),
@@ -139,8 +139,18 @@ def test_a_caption_of_ten_thousand_words_is_kept(read):
     [
         ("img,words\na.jpg,x\n", "t.csv", {}, r"none of the columns image, .*Found: 'img', 'words'.*image_column"),
         ("image,words\na.jpg,x\n", "t.csv", {}, r"none of the columns caption, .*caption_column"),
-        ("image,caption\na.jpg,x\n", "t.csv", {"caption_column": "txt"}, r"no column 'txt'\. Found: 'image', 'caption'"),
-        ("image,caption\na.jpg,x\n", "t.csv", {"column": 1}, r"Unknown option .*'column'.*image_column, caption_column"),
+        (
+            "image,caption\na.jpg,x\n",
+            "t.csv",
+            {"caption_column": "txt"},
+            r"no column 'txt'\. Found: 'image', 'caption'",
+        ),
+        (
+            "image,caption\na.jpg,x\n",
+            "t.csv",
+            {"column": 1},
+            r"Unknown option .*'column'.*image_column, caption_column",
+        ),
         ("image,caption\na.jpg,x\n", "t.csv", {"delimiter": "ab"}, r"exactly one character"),
         ("image,caption\na.jpg,x\n", "t.csv", {"encoding": "klingon"}, r"encoding='klingon' is unknown"),
         ("image,caption\n", "t.csv", {}, r"but no rows"),
@@ -173,9 +183,7 @@ def test_an_unknown_source_lists_the_known_ones():
 
 def test_flickr8k_is_read_as_published(shared_data):
     folder = shared_data / "flickr8k_1k"
-    source = load_source(
-        "table", SourceRequest(str(folder / "captions.txt"), str(folder / "flickr8k_1k_160px.tar"))
-    )
+    source = load_source("table", SourceRequest(str(folder / "captions.txt"), str(folder / "flickr8k_1k_160px.tar")))
     assert len(source.keys) == 1000
     assert {len(captions) for captions in source.captions} == {5}
     assert not source.dropped and not source.notes

@@ -25,7 +25,12 @@ def test_the_same_key_gives_the_same_view_and_another_key_epoch_or_seed_another(
     torch.manual_seed(1)
     random.seed(1)
     assert torch.equal(base, transform(PICTURE, keyed_random(0, 0, "a")))
-    for other in (keyed_random(1, 0, "a"), keyed_random(0, 1, "a"), keyed_random(0, 0, "b"), keyed_random(0, 0, "a", "x")):
+    for other in (
+        keyed_random(1, 0, "a"),
+        keyed_random(0, 1, "a"),
+        keyed_random(0, 0, "b"),
+        keyed_random(0, 0, "a", "x"),
+    ):
         assert not torch.equal(base, transform(PICTURE, other))
 
 

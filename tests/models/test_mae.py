@@ -142,6 +142,32 @@ def test_removed_pixels_do_not_reach_the_prediction_and_visible_ones_do() -> Non
     assert torch.equal((cells == 0).float(), output.mask)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("ratio", [0.75, 0.3, 0.0])
+def test_predicting_only_removed_patches_changes_neither_loss_nor_gradients(hooked: bool, ratio: float) -> None:
+    images, results = pictures(), []
+    for predict_kept in (True, False):
+        mae, calls = tiny().double(), []
+        for name, parameter in mae.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                nn.init.normal_(parameter, mean=0.5, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        if hooked:  # a hook in the last block must fire, which the shortcut would not let it
+            last = mae.decoder.blocks[-1]
+            last.mlp.register_forward_hook(lambda _m, _i, output, seen=calls: seen.append(1) or output * 2)
+        output = mae(images.double(), mask_ratio=ratio, noise=noise(), predict_kept=predict_kept)
+        loss = reconstruction_loss(output.prediction, images.double(), output.mask, 8)
+        loss.backward()
+        assert bool(calls) == hooked
+        results.append((loss, output, {name: parameter.grad for name, parameter in mae.named_parameters()}))
+    (loss, whole, gradients), (sooner, some, others) = results
+    assert torch.allclose(loss, sooner, atol=1e-7)
+    mask = whole.mask[..., None].bool()
+    assert torch.allclose(whole.prediction.masked_fill(~mask, 0), some.prediction, atol=1e-9)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            assert torch.allclose(gradient, others[name], atol=1e-6), name
+
+
 def test_an_adapter_on_the_encoder_works_inside_the_autoencoder_and_sees_the_condition() -> None:
     mae, seen = tiny(), []
     given = Condition(torch.zeros(2, 1, 4), torch.ones(2, 1).bool(), torch.zeros(2, 4), torch.ones(2).bool())

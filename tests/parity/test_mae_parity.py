@@ -47,13 +47,14 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 3, 64, 64, generator=generator), torch.rand(3, 64, generator=generator)
 
 
-def assert_same(ours: MaskedAutoencoder, theirs: ViTMAEForPreTraining) -> None:
+def assert_same(ours: MaskedAutoencoder, theirs: ViTMAEForPreTraining, predict_kept: bool = True) -> None:
     images, noise = inputs()
     expected = theirs(images, noise=noise)
-    output = ours(images, mask_ratio=theirs.config.mask_ratio, noise=noise)
+    output = ours(images, mask_ratio=theirs.config.mask_ratio, noise=noise, predict_kept=predict_kept)
     loss = reconstruction_loss(output.prediction, images, output.mask, 8, theirs.config.norm_pix_loss)
     assert torch.equal(output.mask, expected.mask) and torch.equal(output.ids_restore, expected.ids_restore)
-    assert torch.allclose(output.prediction, expected.logits, atol=TOLERANCE)
+    logits = expected.logits if predict_kept else expected.logits * expected.mask[..., None]
+    assert torch.allclose(output.prediction, logits, atol=TOLERANCE)
     assert loss.item() == pytest.approx(expected.loss.item(), abs=TOLERANCE)
 
     expected.loss.backward()
@@ -70,14 +71,15 @@ def assert_same(ours: MaskedAutoencoder, theirs: ViTMAEForPreTraining) -> None:
             assert torch.allclose(parameter.grad, gradients[name], atol=TOLERANCE), name
 
 
+@pytest.mark.parametrize("predict_kept", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("eps", [1e-12, 1e-3])
-def test_their_checkpoint_in_our_model(tmp_path: Path, normalize: bool, eps: float) -> None:
+def test_their_checkpoint_in_our_model(tmp_path: Path, normalize: bool, eps: float, predict_kept: bool) -> None:
     theirs = transformers_mae(normalize, eps)
     theirs.save_pretrained(tmp_path)
     ours = build_mae(VisionSpec(str(tmp_path)), DecoderSpec(normalize_pixels=normalize))
     assert ours.decoder_pretrained and ours.decoder_spec.heads == 2 and ours.normalize_pixels == normalize
-    assert_same(ours, theirs)
+    assert_same(ours, theirs, predict_kept)
 
 
 def test_our_checkpoint_in_their_model(tmp_path: Path) -> None:

@@ -128,8 +128,8 @@ class RunFolder(Callback):
             "seconds": round(self.seconds, 1),
             "parameters": {"total": plan["total"], "trained": plan["trained"]},
             "captions": {
-                "source": data.source_name,
-                "pairs": data.pairs_used,
+                "source": getattr(data, "source", None),
+                "pairs": len(data.manifest),
                 "manifest_sha256": data.manifest_sha256,
                 "skipped": data.skipped,
             },

@@ -12,10 +12,18 @@ __all__ = ["COMMANDS", "main"]
 
 # name -> (module with run(arguments) -> exit code, what it does, usage)
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "fit": ("wlsup.cli.fit", "teach an encoder with captions and print the k-NN table", "-c RECIPE.yaml.. [--KEY VALUE]"),
+    "fit": (
+        "wlsup.cli.fit",
+        "teach an encoder with captions and print the k-NN table",
+        "-c RECIPE.yaml.. [--KEY VALUE]",
+    ),
     "pretrain": ("wlsup.cli.pretrain", "pretrain a ViT by MAE on pictures alone", "-c RECIPE.yaml.. [--KEY VALUE]"),
     "approaches": ("wlsup.cli.approaches", "list the approaches and what each trains", "[--json] [--markdown]"),
-    "inspect": ("wlsup.cli.inspect", "show what an approach trains and freezes", "APPROACH [-c RECIPE.yaml..] [--json]"),
+    "inspect": (
+        "wlsup.cli.inspect",
+        "show what an approach trains and freezes",
+        "APPROACH [-c RECIPE.yaml..] [--json]",
+    ),
     "knn": ("wlsup.cli.knn", "score a run, or any encoder, by k-NN", "RUN|WEIGHTS [--sets NAME,..] [--json]"),
 }
 

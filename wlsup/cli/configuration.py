@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
 import os
 import re
+import sys
 import time
 from argparse import ArgumentError
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import lightning
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -28,9 +26,10 @@ from wlsup.callbacks.reconstructions import Reconstructions
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.run_folder import RunFolder
 from wlsup.cli.logs import log_to_file
-from wlsup.errors import WlsupError, choose
+from wlsup.cli.recipes import approach_named_in
+from wlsup.errors import WlsupError
 
-__all__ = ["WlsupCLI", "approach_named_in", "build_model", "configure", "load_run", "read_checkpoint", "train"]
+__all__ = ["WlsupCLI", "build_model", "configure", "load_run", "read_checkpoint", "train"]
 
 _RUN_DIR = "WLSUP_RUN_DIR"  # how the processes of one run agree on its folder
 
@@ -50,22 +49,35 @@ class WlsupCLI(LightningCLI):
             parser.add_lightning_class_args(KNN, "knn")
         parser.link_arguments("seed_everything", "data.seed")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with errors in our words.
+
+        Raises:
+            WlsupError: an unknown key or a wrong value, with the valid ones.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise WlsupError(_explain(str(error), parser)) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """Give the trainer the run's folder, its loggers and callbacks."""
+        """Give the trainer the run's folder, its loggers and the suite's callbacks."""
         self.run_dir = _run_dir(self.config)
         kwargs.setdefault("default_root_dir", str(self.run_dir))
+        kwargs["enable_progress_bar"] = sys.stderr.isatty()
         if self.config.trainer.logger in (None, True):
             kwargs["logger"] = [
                 TensorBoardLogger(self.run_dir, name="", version="", default_hp_metric=False),
                 CSVLogger(self.run_dir, name="", version="", flush_logs_every_n_steps=50),
             ]
-        trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.extend(self._callbacks(trainer))
-        # Lightning saves last, whatever the order of the rest
-        trainer.callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
-        return trainer
+        return super().instantiate_trainer(**kwargs)
 
-    def _callbacks(self, trainer: lightning.Trainer) -> list[Callback]:
+    def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> lightning.Trainer:
+        given = config.get("callbacks") or []
+        mine = self._callbacks(given if isinstance(given, list) else [given], logs=config.get("logger") is not False)
+        return super()._instantiate_trainer(config, [*callbacks, *mine])
+
+    def _callbacks(self, given: list[Callback], logs: bool) -> list[Callback]:
         mine: list[Callback] = [
             Retrieval(),
             RunFolder(
@@ -78,15 +90,15 @@ class WlsupCLI(LightningCLI):
                     "seed": self.config.seed_everything,
                 },
             ),
+            *training_progress(),
         ]
-        if trainer.loggers:
+        if logs:
             mine.append(LearningRateMonitor(logging_interval="step"))
-        if not any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
-            mine.append(
-                ModelCheckpoint(self.run_dir / "checkpoints", filename="last", enable_version_counter=False)
-            )
-        if self.config.trainer.enable_progress_bar in (None, True):
-            mine.extend(training_progress())
+        if self.config.trainer.enable_checkpointing is not False and not any(
+            isinstance(callback, ModelCheckpoint) for callback in given
+        ):
+            folder = self.run_dir / "checkpoints"
+            mine.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False))
         return mine
 
 
@@ -105,24 +117,23 @@ def configure(
     Raises:
         WlsupError: an unknown key, a wrong value, an unreadable recipe: one message, with the valid choices.
     """
-    kwargs: dict[str, Any] = {
-        "model_class": model_class,
-        "datamodule_class": data_class,
-        "run": False,
-        "save_config_callback": None,
-        "seed_everything_default": 0,
-        "trainer_defaults": {"enable_progress_bar": None, "enable_model_summary": False, "num_sanity_val_steps": 0,
-                             "max_epochs": 1, "log_every_n_steps": 10},
-        "parser_kwargs": {"exit_on_error": False, "prog": f"wlsup {command}"},
-        "args": arguments,
-    }
     kind = WlsupCLI if build else _ModelOnlyCLI
-    noise = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(noise) if False else contextlib.nullcontext():
-            return kind(**kwargs)
-    except ArgumentError as error:
-        raise WlsupError(_explain(str(error), kind, kwargs)) from error
+    return kind(
+        model_class=model_class,
+        datamodule_class=data_class,
+        run=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        trainer_defaults={
+            "enable_model_summary": False,
+            "enable_progress_bar": False,  # the suite's own stands in for it
+            "log_every_n_steps": 10,
+            "max_epochs": 1,
+            "num_sanity_val_steps": 0,
+        },
+        parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"wlsup {command}"},
+        args=["--help" if argument == "--help-all" else argument for argument in arguments],
+    )
 
 
 class _ModelOnlyCLI(WlsupCLI):
@@ -132,43 +143,6 @@ class _ModelOnlyCLI(WlsupCLI):
         self.config_init = self.parser.instantiate_classes(self.config)
         self.model = self.config_init.model
         self.datamodule = self.config_init.data
-
-
-def approach_named_in(arguments: list[str]) -> str:
-    """Return the approach that recipes and options name; the last one wins, as with every other key.
-
-    Raises:
-        WlsupError: none named, an unknown one, or a recipe that is not there (then with the valid approaches).
-    """
-    named = None
-    position = 0
-    while position < len(arguments):
-        option, _, value = arguments[position].partition("=")
-        if option in ("-c", "--config", "--approach"):
-            if not value:
-                position += 1
-                value = arguments[position] if position < len(arguments) else ""
-            named = value if option == "--approach" else _recipe(Path(value)).get("approach", named)
-        position += 1
-    if named is None:
-        raise WlsupError(
-            f"No approach is named. Give --approach NAME or a recipe with `approach: NAME`. Valid: {', '.join(APPROACHES)}."
-        )
-    return choose("approach", named, APPROACHES, hint="`wlsup approaches` says what each one is.")
-
-
-def _recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        if path.suffix == ".yaml" and path.parent.is_dir() and path.stem not in APPROACHES:
-            choose("approach", path.stem, APPROACHES, hint=f"(There is no recipe {path}.)")
-        raise WlsupError(f"No recipe {path} (looked in {Path.cwd()}). Give the path of a YAML file with -c.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise WlsupError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(recipe, dict):
-        raise WlsupError(f"The recipe {path} must be a YAML mapping of keys to values, not {type(recipe).__name__}.")
-    return recipe
 
 
 def _run_dir(config: Namespace) -> Path:
@@ -191,23 +165,31 @@ def _run_dir(config: Namespace) -> Path:
     raise WlsupError(f"Cannot find a free name for a run in {parent}.")
 
 
-def _explain(message: str, kind: type, kwargs: dict[str, Any]) -> str:
-    """Turn jsonargparse's message into one sentence with the nearest valid key."""
-    message = " ".join(message.split())
-    unknown = re.search(r"""(?:Key|key|[Oo]ption|arguments?:?|keys? is not expected:?)\s*['"]?-{0,2}([\w.]+)""", message)
-    keys = sorted(_keys(kind, kwargs))
-    if unknown and "expected" in message or "nrecognized" in message or "accepted" in message:
-        given = unknown.group(1) if unknown else message
-        near = difflib.get_close_matches(given, keys, n=3, cutoff=0.6)
-        group = given.rpartition(".")[0]
-        siblings = [key for key in keys if key.rpartition(".")[0] == group] or keys
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        return f"Unknown key {given!r}.{hint} Valid{f' under {group}' if group else ''}: {', '.join(siblings)}."
-    return message
-
-
-def _keys(kind: type, kwargs: dict[str, Any]) -> set[str]:
-    return set()
+def _explain(message: str, parser: LightningArgumentParser) -> str:
+    """Turn jsonargparse's message into ours: what was given, what is allowed, the nearest valid key."""
+    keys = sorted({action.dest for action in parser._actions if action.dest not in ("help", "print_config")})
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    unknown = re.search(r"(?:Option '|unrecognized arguments: -*|Key ')([\w.]+)", message)
+    if in_group or unknown:
+        given = ".".join(in_group.groups()) if in_group else unknown.group(1)
+        if not in_group and f"--{given}" not in message and "Option" not in message:
+            return f"Unexpected argument {given!r}. Options look like --KEY VALUE; recipes come after -c."
+        near = difflib.get_close_matches(given, keys, n=1, cutoff=0.6)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        parent = given.rpartition(".")[0]
+        while parent and not any(key.startswith(parent + ".") for key in keys):
+            parent = parent.rpartition(".")[0]
+        prefix = parent + "." if parent else ""
+        siblings = sorted({prefix + key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)})
+        return f"Unknown key {given!r}.{hint} Valid{f' under {parent}' if parent else ''}: {', '.join(siblings)}."
+    key = re.search(r'Parser key "([\w.]+)":', message)
+    value = re.search(r"(?:Got value|Given value): (.*)", message)
+    if key and value:
+        literals = dict.fromkeys(re.findall(r"'([^']*)'", " ".join(re.findall(r"Literal\[([^]]*)\]", message))))
+        types = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>", message))
+        allowed = ", ".join(literals) or " or ".join(name for name in types if name != "NoneType")
+        return f"{key.group(1)} cannot be {value.group(1).strip()!r}. Allowed: {allowed or 'see --help-all'}."
+    return " ".join(message.split())
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

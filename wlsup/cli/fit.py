@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from wlsup.approaches import approach_class
-from wlsup.cli.configuration import approach_named_in, configure, train
 from wlsup.cli.logs import log_to_terminal
+from wlsup.cli.recipes import approach_named_in
 
 __all__ = ["run"]
 
@@ -13,6 +13,7 @@ def run(arguments: list[str]) -> int:
     """Train one approach and print what it did to the encoder."""
     name = approach_named_in(arguments)
     log_to_terminal()
+    from wlsup.cli.configuration import configure, train
     from wlsup.data.datamodule import CaptionDataModule
 
     cli = configure(approach_class(name), CaptionDataModule, arguments, "fit")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from wlsup.approaches import APPROACHES, approach_class
-from wlsup.cli.configuration import build_model
 from wlsup.cli.logs import log_to_terminal
 from wlsup.errors import WlsupError, choose
 
@@ -20,6 +20,8 @@ def run(arguments: list[str]) -> int:
         raise WlsupError(f"Name an approach: wlsup inspect APPROACH. Valid: {', '.join(APPROACHES)}.")
     name = choose("approach", rest[0], APPROACHES, hint="`wlsup approaches` says what each one is.")
     log_to_terminal(quiet=True)
+    from wlsup.cli.configuration import build_model
+
     model = build_model(approach_class(name), ["--approach", name, *rest[1:]], "inspect")
     plan = model.plan.describe(model)
     if as_json:
@@ -43,7 +45,7 @@ def run(arguments: list[str]) -> int:
             str(row["tensors"]),
             f"{row['parameters']:,}",
         )
-    console = Console(width=None if __import__("sys").stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print(model.plan.summary(model), highlight=False)
     for role, base in model.bases.items():

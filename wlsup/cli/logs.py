@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ __all__ = ["log_to_file", "log_to_terminal"]
 
 # Remarks of the libraries that say nothing a user of this suite can act on.
 _IDLE_WARNINGS = (
+    ".*LightningCLI's args parameter is intended.*",
     ".*does not have many workers.*",
     ".*The number of training batches.*is smaller than the logging interval.*",
     ".*LeafSpec.*is deprecated.*",
@@ -36,10 +38,14 @@ def log_to_terminal(quiet: bool = False) -> None:
         handler.setLevel(logging.WARNING if quiet else logging.INFO)
         if sys.stderr.isatty():
             # a bar shows what these lines would say
-            handler.addFilter(lambda record: record.levelno > logging.INFO or not record.module == "progress")
+            handler.addFilter(lambda record: record.levelno > logging.INFO or record.module != "progress")
         logger.addHandler(handler)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+        logging.getLogger(f"lightning.{name}.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    # read by transformers when it is imported: loading a frozen encoder needs no bar of its own
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for pattern in _IDLE_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
 

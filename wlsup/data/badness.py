@@ -84,7 +84,7 @@ class BadSampleCounter:
         if bad <= self.max_bad_fraction * of:
             return
         shown = "; ".join(f"{key} ({reason})" for key, reason in islice(self.skipped.items(), _SHOWN))
-        more = "; ..." if len(self.skipped) > _SHOWN else ""
+        more = f" and {len(self.skipped) - _SHOWN} more" if len(self.skipped) > _SHOWN else ""
         raise WlsupError(
             f"{bad} of {of} samples cannot be used, more than max_bad_fraction={self.max_bad_fraction:g} allows: "
             f"{shown}{more}. Repair or remove them, or raise max_bad_fraction."

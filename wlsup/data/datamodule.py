@@ -84,6 +84,11 @@ class _KeyedDataModule(lightning.LightningDataModule):
         """
         self.bad.note(batch.skipped, len(batch))
 
+    def _expect(self, train: int, validation: int) -> None:
+        """Tell the counter how many samples there are; a rank's share of an epoch is told when it is known."""
+        self.bad.expect("train", train, train)
+        self.bad.expect("validation", validation, validation)
+
     def _spec(self) -> ImageSpec:
         """Return the spec that was set, or the one of the trainer's module."""
         if self.image_spec is None and self.trainer is not None:
@@ -112,7 +117,6 @@ class _KeyedDataModule(lightning.LightningDataModule):
     def _val_loader(self, dataset: PictureDataset) -> BatchLoader:
         # Every rank sees all of it: it is small, and retrieval ranks each caption against every picture.
         sampler = EpochSampler(len(dataset), batch_size=self.batch_size, shuffle=False)
-        self.bad.expect("validation", len(dataset), len(dataset))
         return make_loader(dataset, sampler, self.batch_size, self.num_workers, self.note)
 
 
@@ -187,6 +191,7 @@ class CaptionDataModule(_KeyedDataModule):
         train, validation = split_by_hash(source.keys, self.request.pairs, held_out)
         self._validation = source.validation if source.validation is not None else _choose(source, validation)
         self._train = _choose(source, train)
+        self._expect(len(self._train.keys), len(self._validation.keys))
 
     @property
     def manifest(self) -> list[str]:
@@ -288,7 +293,7 @@ class ImageDataModule(_KeyedDataModule):
         if self._parts is not None:
             return
         self._parts = self._generate() if self.images is None else self._list()
-        self.bad.admit({}, listed=len(self._parts[0][0]))
+        self._expect(*(len(keys) for keys, _ in self._parts))
 
     @property
     def manifest(self) -> list[str]:

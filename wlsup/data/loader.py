@@ -51,14 +51,25 @@ class BatchLoader(DataLoader):
         if self._resume is not None and isinstance(self.sampler, EpochSampler):
             self._batches, self._resume = self._resume["batches"], None
             self.sampler.start = self._batches * (self.batch_size or 1)
-        for batch in super().__iter__():
-            if isinstance(batch, Failure):
-                raise WlsupError(batch.message)
-            self._batches += 1
-            if self.on_batch is not None:
-                self.on_batch(batch)
-            if len(batch):
-                yield batch
+        batches = super().__iter__()
+        try:
+            for batch in batches:
+                if isinstance(batch, Failure):
+                    raise WlsupError(batch.message)
+                self._batches += 1
+                if self.on_batch is not None:
+                    self.on_batch(batch)
+                if len(batch):
+                    yield batch
+        except Exception:
+            # At once: workers that the garbage collector finds later may wait out a timeout of five seconds each.
+            self._stop_workers(batches)
+            raise
+
+    def _stop_workers(self, batches: Any) -> None:
+        if self.num_workers:
+            batches._shutdown_workers()
+            self._iterator = None
 
     def state_dict(self) -> dict[str, int]:
         """Return how many batches of the current epoch were yielded; 0 once it is complete."""

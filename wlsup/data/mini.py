@@ -31,6 +31,7 @@ __all__ = [
     "mini_captions",
     "mini_eval_set",
     "normalised",
+    "pretraining_pictures",
 ]
 
 MiniSplit = Literal["pretrain", "train", "validation"]
@@ -102,3 +103,18 @@ def mini_captions(split: MiniSplit, size: int, seed: int = 0) -> MiniScenes:
         keys=[f"mini/{split}/{seed}/{index:06d}" for index in range(size)],
         scenes=scenes,
     )
+
+
+def pretraining_pictures(size: int, seed: int = 0, start: int = 0) -> Tensor:
+    """The pictures of ``mini_captions("pretrain", ...)`` without their captions, which cost more than the painting.
+
+    Args:
+        size: number of pictures.
+        seed: as of `mini_captions`.
+        start: position of the first one in the endless row of that seed.
+
+    Returns:
+        (size, 3, 64, 64) uint8.
+    """
+    pictures = [plain_scene(Draws(_SALTS["pretrain"], seed, index)).image for index in range(start, start + size)]
+    return torch.from_numpy(np.stack(pictures))

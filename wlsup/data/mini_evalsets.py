@@ -120,12 +120,16 @@ def _digit_picture(draws: Draws, digit: NDArray[np.float32], beside: list[NDArra
     return finish(wall[:, None, None] + step[:, None, None] * ink + light + grain)
 
 
+def _chosen_digits(salt: int, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which writings are used: 150 a class, none twice; classes take turns, train first."""
+    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence((salt,)))).random(len(targets)).argsort()
+    by_class = [order[targets[order] == kind] for kind in range(10)]
+    return np.stack([members[: (_TRAIN + _TEST) // 10] for members in by_class], axis=1).reshape(-1)
+
+
 def _digits(salt: int) -> Pictures:
     images, targets = _handwritten()
-    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence((salt,)))).random(len(targets)).argsort()
-    # 100 train and 50 test digits a class, no writing in both; classes take turns.
-    by_class = [order[targets[order] == kind] for kind in range(10)]
-    chosen = np.stack([members[: (_TRAIN + _TEST) // 10] for members in by_class], axis=1).reshape(-1)
+    chosen = _chosen_digits(salt, targets)
     pictures = []
     for index, number in enumerate(chosen.tolist()):
         draws = Draws(salt, index)

@@ -78,7 +78,7 @@ def _brick(draws: Draws) -> GroundPaint:
 
 def _snow(draws: Draws) -> GroundPaint:
     drift = _fractal(draws, 3)
-    return _mix(rgb(206, 218, 234), rgb(246, 248, 250), np.clip(drift * 1.8 - 0.35, 0, 1)) + _grain(draws) * 8, ()
+    return _mix(rgb(206, 218, 234), rgb(246, 248, 250), np.clip(drift * 1.8 - 0.35, 0, 1)), ()
 
 
 def _night(draws: Draws) -> GroundPaint:
@@ -151,7 +151,7 @@ def two_nearest(apart: list[Array]) -> tuple[Array, Array]:
 
 def _plain(draws: Draws) -> GroundPaint:
     name = draws.pick(tuple(COLOURS))
-    return colour_near(draws, name) + (noise(draws, 3) * 14 - 7) + _grain(draws) * 5, (name,)
+    return colour_near(draws, name) + (noise(draws, 3) * 18 - 9), (name,)
 
 
 def _gradient(draws: Draws) -> GroundPaint:

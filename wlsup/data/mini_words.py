@@ -95,7 +95,7 @@ GROUND_PHRASES: dict[str, tuple[str, ...]] = {
     "night": ("in the night sky", "at night", "under a dark starry sky", "against the dark sky"),
     "sky": ("in a cloudy sky", "among clouds", "in the air", "against a blue sky with clouds"),
     "wood": ("on a wooden table", "on wooden boards", "on wood", "on brown planks"),
-    "tiles": ("on a tiled floor", "on tiles", "on grey tiles", "on square tiles"),
+    "tiles": ("on a tiled floor", "on tiles", "on grey tiles", "on floor tiles"),
     "gravel": ("on gravel", "on rough stones", "on a stony path", "on pebbles"),
     "mat": ("on a woven mat", "on woven straw", "on a basket weave", "on a straw rug"),
     "cracked": ("on cracked earth", "on a cracked floor", "on dry broken ground", "on cracked clay"),

@@ -169,17 +169,15 @@ class TarStore(ImageStore):
                     for member in archive:
                         self._admit(member)
                     end = archive.offset
-                length = file.seek(0, os.SEEK_END)
-                file.seek(min(end, length))
+                file.seek(end)
                 marker = file.read(tarfile.BLOCKSIZE)
         except FileNotFoundError:
             raise WlsupError(f"No such archive: {self.path}. Check the path.") from None
         except (OSError, tarfile.TarError) as error:
             raise self._broken(f"{type(error).__name__}: {error}") from error
-        if end > length:
-            raise self._broken(f"its last file ends {end - length:,} bytes beyond the archive's own end")
         if marker != bytes(tarfile.BLOCKSIZE):
-            raise self._broken("its end-of-archive mark is missing" if len(marker) < 512 else "a header is corrupt")
+            # tarfile stops silently here, and leaves out whatever came after
+            raise self._broken("no end-of-archive mark" if len(marker) < tarfile.BLOCKSIZE else "a header is corrupt")
 
     def _admit(self, member: tarfile.TarInfo) -> None:
         name = clean_name(member.name)

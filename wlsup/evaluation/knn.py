@@ -108,10 +108,11 @@ def knn_predict(
     ks = sorted(set(k)) if isinstance(k, Sequence) else [k]
     if not temperature > 0:
         raise WlsupError(f"The k-NN temperature must be above 0, not {temperature}. DINO's is 0.07.")
+    found = nearest_neighbors(bank, queries, ks, search=search, device=device)
     bank_labels = _labels("bank", bank_labels, len(bank), num_classes)
     classes = num_classes if num_classes is not None else int(bank_labels.max()) + 1
     predictions = {size: torch.empty(len(queries), dtype=torch.int64) for size in ks}
-    for rows, similarities, indices in nearest_neighbors(bank, queries, ks, search=search, device=device):
+    for rows, similarities, indices in found:
         for size, classified in _vote(similarities, bank_labels, indices, ks, temperature, classes).items():
             predictions[size][rows] = classified
         if progress is not None:

@@ -76,12 +76,15 @@ def nearest_neighbors(
     """
     _check(bank, queries, ks)
     device = torch.device(device) if device is not None else bank.device
-    with_faiss = _with_faiss(search, device)
-    k_max = max(ks)
+    return _search(bank.detach(), queries.detach(), ks, device, _with_faiss(search, device))
+
+
+def _search(
+    bank: Tensor, queries: Tensor, ks: Sequence[int], device: torch.device, with_faiss: bool
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     # One neighbour more than asked for shows whether the last place was close.
-    found = min(k_max + 1, len(bank))
+    found = min(max(ks) + 1, len(bank))
     step = _QUERIES_CUDA if device.type == "cuda" else _QUERIES_CPU
-    bank, queries = bank.detach(), queries.detach()
     for start in range(0, len(queries), step):
         rows = slice(start, min(start + step, len(queries)))
         with torch.no_grad(), full_precision():
@@ -90,7 +93,7 @@ def nearest_neighbors(
             else:
                 similarities, indices = _search_torch(bank, queries[rows], found, device)
             _settle_ties(bank, queries[rows], similarities, indices, ks)
-        yield rows, similarities[:, :k_max], indices[:, :k_max]
+        yield rows, similarities[:, : max(ks)], indices[:, : max(ks)]
 
 
 def _check(bank: Tensor, queries: Tensor, ks: Sequence[int]) -> None:
@@ -110,9 +113,7 @@ def _check(bank: Tensor, queries: Tensor, ks: Sequence[int]) -> None:
     if not ks or min(ks) < 1:
         raise WlsupError(f"k must be at least 1, not {list(ks)}.")
     if max(ks) > len(bank):
-        raise WlsupError(
-            f"k = {max(ks)} is more than the {len(bank)} pictures of the bank. Set k to {len(bank)} or less."
-        )
+        raise WlsupError(f"k = {max(ks)} is more than the bank's {len(bank)} pictures. Set k to {len(bank)} or less.")
     _check_rows("bank", bank)
     _check_rows("queries", queries)
 

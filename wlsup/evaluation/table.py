@@ -15,8 +15,11 @@ __all__ = ["knn_markdown", "knn_table", "knn_text", "print_knn_table"]
 _HEADERS = ("set", "domain", "k", "pretrained", "fine-tuned", "change", "95% interval", "")
 _RIGHT = (False, False, True, True, True, True, True, False)
 _STYLES = {"gain": "green", "loss": "red", "unsure": "dim", "mean": ""}
-_VERDICTS = {"gain": "gain", "loss": "loss", "unsure": "within noise", "mean": ""}
-_NOTE = "Top-1 accuracy in %, change in points; gain and loss where the 95% interval (paired bootstrap) excludes 0."
+_VERDICTS = {"gain": "gain", "loss": "loss", "unsure": "unsure", "mean": ""}
+_NOTE = (
+    "Top-1 accuracy in %, change in points. Gain or loss: the change's 95% interval\n"
+    "(paired bootstrap over test pictures) excludes 0."
+)
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,22 @@ def knn_table(results: Mapping[str, Any]) -> Table:
         results: what results.json holds.
     """
     rows = _rows(results)
-    table = Table(title=_title(results), caption=_NOTE, title_justify="left", caption_justify="left")
+    table = Table(
+        title=_title(results),
+        caption=_NOTE,
+        title_justify="left",
+        caption_justify="left",
+        box=None,  # with rules between the columns it would not fit 80 of them
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+        # Its own: in a terminal too narrow for it lines wrap, where rich would cut numbers short.
+        width=sum(_widths(rows)) + 2 * (len(_HEADERS) - 1),
+    )
     for header, right in zip(_HEADERS, _RIGHT, strict=True):
         table.add_column(header, justify="right" if right else "left", no_wrap=True)
     for position, row in enumerate(rows):
         if row.verdict == "mean" and rows[position - 1].verdict != "mean":
-            table.add_section()
+            table.add_row()
         style = _STYLES[row.verdict]
         # Accuracies are facts and stay plain; only what the change says is coloured.
         table.add_row(*(Text(cell, style if column >= 5 else "") for column, cell in enumerate(row.cells)))
@@ -51,8 +64,7 @@ def knn_text(results: Mapping[str, Any]) -> str:
         results: what results.json holds.
     """
     rows = _rows(results)
-    lines = [_HEADERS, *(row.cells for row in rows)]
-    widths = [max(len(cells[column]) for cells in lines) for column in range(len(_HEADERS))]
+    lines, widths = [_HEADERS, *(row.cells for row in rows)], _widths(rows)
     text = [_title(results)]
     for position, cells in enumerate(lines):
         if position == 1 or (position > 1 and rows[position - 1].verdict == "mean" != rows[position - 2].verdict):
@@ -84,7 +96,7 @@ def knn_markdown(results: Mapping[str, Any]) -> str:
 
 
 def print_knn_table(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Show the k-NN part of results.json: the rich table in a terminal wide enough for it, plain text elsewhere.
+    """Show the k-NN part of results.json: the coloured table in a terminal, plain text elsewhere.
 
     Args:
         results: what results.json holds.
@@ -92,12 +104,15 @@ def print_knn_table(results: Mapping[str, Any], console: Console | None = None) 
     """
     console = console or Console()
     if console.is_terminal:
-        table = knn_table(results)
-        if console.measure(table).minimum <= console.width:
-            console.print(table)
-            return
-    # Past rich's own print, which would wrap the lines.
-    console.file.write(knn_text(results) + "\n")
+        console.print(knn_table(results), soft_wrap=True)
+    else:
+        console.file.write(knn_text(results) + "\n")
+
+
+def _widths(rows: list[_Row]) -> list[int]:
+    return [
+        max(len(cells[column]) for cells in (_HEADERS, *(row.cells for row in rows))) for column in range(len(_HEADERS))
+    ]
 
 
 def _title(results: Mapping[str, Any]) -> str:
@@ -112,10 +127,10 @@ def _rows(results: Mapping[str, Any]) -> list[_Row]:
     entries: Mapping[str, Mapping[str, Any]] = results["knn"]
     ordered = sorted(entries.items(), key=lambda item: item[1]["domain"] != "in")  # stable: in domain first
     rows = [_set_row(name, entry) for name, entry in ordered]
-    for domain, name in (("in", "in-domain mean"), ("out", "out-of-domain mean")):
+    for domain in ("in", "out"):
         members = [entry for entry in entries.values() if entry["domain"] == domain]
         if members:
-            rows.append(_mean_row(name, domain, members))
+            rows.append(_mean_row(domain, members))
     return rows
 
 
@@ -129,13 +144,13 @@ def _set_row(name: str, entry: Mapping[str, Any]) -> _Row:
     return _Row((*head, _percent(entry["finetuned"]), _points(entry["delta"]), interval, _VERDICTS[verdict]), verdict)
 
 
-def _mean_row(name: str, domain: str, entries: Iterable[Mapping[str, Any]]) -> _Row:
+def _mean_row(domain: str, entries: Iterable[Mapping[str, Any]]) -> _Row:
     entries = list(entries)
     before = _percent(_mean([entry["pretrained"] for entry in entries]))
     if any(entry.get("finetuned") is None for entry in entries):
-        return _Row((name, domain, "", before, "", "", "", ""), "mean")
+        return _Row(("mean", domain, "", before, "", "", "", ""), "mean")
     after, change = (_mean([entry[key] for entry in entries]) for key in ("finetuned", "delta"))
-    return _Row((name, domain, "", before, _percent(after), _points(change), "", ""), "mean")
+    return _Row(("mean", domain, "", before, _percent(after), _points(change), "", ""), "mean")
 
 
 def _mean(values: list[float]) -> float:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from wlsup.errors import WlsupError
@@ -120,25 +121,39 @@ class MAEDecoder(nn.Module):
         self.pred = nn.Linear(spec.width, patch_size * patch_size * in_chans)
 
     def forward(
-        self, tokens: Tensor, ids_keep: Tensor, num_patches: int, grid: tuple[int, int] | None = None
+        self,
+        tokens: Tensor,
+        ids_keep: Tensor,
+        num_patches: int,
+        grid: tuple[int, int] | None = None,
+        ids_predict: Tensor | None = None,
     ) -> Tensor:
-        """Predict the pixels of all patches.
+        """Predict the pixels of all patches, or of some.
 
         Args:
             tokens: (B, P + K, D), the encoder's tokens, kept patches in the order of ``ids_keep``.
             ids_keep: (B, K).
             num_patches: N.
             grid: rows and columns when they are not those the decoder was made for.
+            ids_predict: (B, R) patches to predict; None: all. The same numbers for less: in the last block only these
+                patches ask (all are still looked at), and only these pass its MLP and the prediction.
 
         Returns:
-            (B, N, p * p * C).
+            (B, N, p * p * C), or (B, R, p * p * C) in the order of ``ids_predict``.
         """
         tokens, prefix = self.embed(tokens), self.num_prefix_tokens
         batch, _, width = tokens.shape
         patches = self.mask_token.to(tokens.dtype).expand(batch, num_patches, width)
         patches = patches.scatter(1, ids_keep[..., None].expand(-1, -1, width), tokens[:, prefix:])
         tokens = torch.cat([tokens[:, :prefix], patches], dim=1) + self._positions(grid)
-        return self.pred(self.norm(self.blocks(tokens))[:, prefix:])
+        if ids_predict is None:
+            return self.pred(self.norm(self.blocks(tokens))[:, prefix:])
+        *blocks, last = self.blocks
+        for block in blocks:
+            tokens = block(tokens)
+        rows = ids_predict + prefix
+        tokens = _block_for(last, tokens, rows) if _is_plain(last) else _take(last(tokens), rows)
+        return self.pred(self.norm(tokens))
 
     def _positions(self, grid: tuple[int, int] | None) -> Tensor:
         if grid is None or grid == self.grid_size:
@@ -149,3 +164,29 @@ class MAEDecoder(nn.Module):
             old_size=list(self.grid_size),
             num_prefix_tokens=self.num_prefix_tokens,
         )
+
+
+def _take(tokens: Tensor, rows: Tensor) -> Tensor:
+    """(B, T, W), (B, R) -> (B, R, W)."""
+    batch, length, width = tokens.shape
+    offsets = torch.arange(batch, device=rows.device)[:, None] * length
+    return tokens.reshape(-1, width).index_select(0, (rows + offsets).flatten()).view(batch, -1, width)
+
+
+def _is_plain(block: Block) -> bool:
+    """Whether a block is as timm made it: nothing replaced inside and nobody's hooks on it."""
+    as_made = type(block) is Block and type(block.attn) is Attention and type(block.attn.qkv) is nn.Linear
+    return as_made and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules())
+
+
+def _block_for(block: Block, tokens: Tensor, rows: Tensor) -> Tensor:
+    """Run a pre-norm block for the queries in ``rows`` only: (B, T, W), (B, R) -> (B, R, W)."""
+    attention, normed = block.attn, block.norm1(tokens)
+    (batch, length, width), heads = tokens.shape, block.attn.num_heads
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    query = F.linear(_take(normed, rows), weight[:width], bias[:width])
+    query = query.view(batch, -1, heads, width // heads).transpose(1, 2)
+    key, value = F.linear(normed, weight[width:], bias[width:]).view(batch, length, 2, heads, -1).unbind(2)
+    attended = F.scaled_dot_product_attention(query, key.transpose(1, 2), value.transpose(1, 2))
+    tokens = _take(tokens, rows) + attention.proj(attended.transpose(1, 2).reshape(batch, -1, width))
+    return tokens + block.mlp(block.norm2(tokens))

@@ -81,8 +81,10 @@ _POOLED_BY_TRAINING = ("clip_text_model", "siglip_text_model", "siglip2_text_mod
 
 
 def _load(weights: str) -> tuple[nn.Module, object]:
+    import transformers
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
+    transformers.utils.logging.disable_progress_bar()
     place = str(MINI_TEXT) if weights == "mini" else weights
     if Path(place).is_absolute() and not Path(place).is_dir():
         raise WlsupError(f"No text encoder at {place}: not a folder. Give a transformers folder, a hub id or 'mini'.")
@@ -91,7 +93,7 @@ def _load(weights: str) -> tuple[nn.Module, object]:
         tokenizer = AutoTokenizer.from_pretrained(place)
         known = type(getattr(config, "text_config", config)) in AutoModelForTextEncoding._model_mapping
         loader = AutoModelForTextEncoding if known else AutoModel
-        model = loader.from_pretrained(place, dtype=torch.float32)
+        model = loader.from_pretrained(place).float()
     except (OSError, ValueError) as error:
         from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -48,7 +48,7 @@ LOGIT_SCALE_MAX = math.log(100.0)
 SIGLIP_LOGIT_SCALE = math.log(10.0)
 """Where SigLIP starts ``logit_scale``, t' = log 10 (Zhai et al. 2023, section 3.2)."""
 SIGLIP_LOGIT_BIAS = -10.0
-"""Where SigLIP starts ``logit_bias``: nearly all pairs are negatives; from 0, the first steps would only correct that."""
+"""Where SigLIP starts ``logit_bias``: nearly all pairs are negatives, which from 0 the first steps would only learn."""
 
 # Above this somebody passed exp(logit_scale), which starts at 14.3 (CLIP) or 10 (SigLIP); published models end below 5.
 _IMPLAUSIBLE_LOG = 9.0
@@ -66,8 +66,8 @@ def info_nce(
 ) -> Tensor:
     """Match each image to its own text among all texts, and each text to its image.
 
-    Source: Radford et al. 2021 (CLIP), figure 3: the mean of two cross entropies over s_ij = exp(logit_scale) <x_i, y_j>,
-    L = 1/(2B) sum_i [logsumexp_j s_ij + logsumexp_j s_ji - 2 s_ii]. About ln B where nothing is learned yet.
+    Source: Radford et al. 2021 (CLIP), figure 3. With s_ij = exp(logit_scale) <x_i, y_j>, the mean of two cross
+    entropies: L = 1/(2B) sum_i [logsumexp_j s_ij + logsumexp_j s_ji - 2 s_ii]. About ln B where nothing is learned yet.
 
     Args:
         image: (b, D) image embeddings of unit length, fp16, bf16, fp32 or fp64.

@@ -1,0 +1,1 @@
+"""How the mini preset's four models were made: tokenizer, text encoder, language model and masked autoencoder."""

@@ -1,0 +1,53 @@
+"""Reading recipes far enough to know which approach is meant, without importing torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wlsup.approaches import APPROACHES
+from wlsup.errors import WlsupError, choose
+
+__all__ = ["approach_named_in"]
+
+
+def approach_named_in(arguments: list[str]) -> str:
+    """Return the approach that recipes and options name; the last one wins, as with every other key.
+
+    Raises:
+        WlsupError: none named, an unknown one, or a recipe that is not there (then with the valid approaches).
+    """
+    named = None
+    position = 0
+    while position < len(arguments):
+        option, _, value = arguments[position].partition("=")
+        if option in ("-c", "--config", "--approach"):
+            if not value:
+                position += 1
+                value = arguments[position] if position < len(arguments) else ""
+            named = value if option == "--approach" else _recipe(Path(value)).get("approach", named)
+        position += 1
+    if named is None and "--help-all" in arguments:
+        return next(iter(APPROACHES))
+    if named is None:
+        raise WlsupError(
+            "No approach is named. Give --approach NAME or a recipe with `approach: NAME`. "
+            f"Valid: {', '.join(APPROACHES)}."
+        )
+    return choose("approach", named, APPROACHES, hint="`wlsup approaches` says what each one is.")
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        if path.suffix == ".yaml" and path.parent.is_dir() and path.stem not in APPROACHES:
+            choose("approach", path.stem, APPROACHES, hint=f"(There is no recipe {path}.)")
+        raise WlsupError(f"No recipe {path} (looked in {Path.cwd()}). Give the path of a YAML file with -c.")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise WlsupError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(recipe, dict):
+        raise WlsupError(f"The recipe {path} must be a YAML mapping of keys to values, not {type(recipe).__name__}.")
+    return recipe
