@@ -169,7 +169,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs a row (default: 9)")
-    parser.add_argument("--batch", type=int, default=8, help="pictures a step (default: 8)")
+    parser.add_argument("--batch", type=int, default=4, help="pictures a step (default: 4)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -12,7 +12,8 @@ from wlsup.errors import WlsupError
 from wlsup.models.vision import VisionSpec, build_vision
 from wlsup.optim import build_optimizer
 
-WORDS = "red blue green square circle star left right above small large sand grass water night brick".split()
+WORDS = ("red blue green square circle star left right", "above small large sand grass water night brick")
+WORDS = [word for line in WORDS for word in line.split()]
 
 
 def noise_batch(count=16, generator=None):

@@ -26,6 +26,14 @@ def test_a_source_must_be_consistent():
         CaptionSource("x", ["a", "b"], [["c"]], MemoryPictures(torch.zeros(2, 3, 1, 1)))
 
 
+def test_a_selection_keeps_pictures_and_captions_together():
+    pixels = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    whole = CaptionSource("x", list("abcd"), [["A"], ["B"], ["C"], ["D"]], MemoryPictures(pixels))
+    part = whole.select(["d", "b"])
+    assert part.keys == ["d", "b"] and part.captions == [["D"], ["B"]]
+    assert [part.pictures.read(index).max().item() for index in range(len(part.pictures))] == [3, 1]
+
+
 def test_bad_samples_count_once_and_against_what_a_rank_meets():
     counter = BadSampleCounter(0.1)
     counter.expect("train", share=50, total=100)

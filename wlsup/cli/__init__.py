@@ -31,7 +31,7 @@ _FIT_HELP = """\
 usage: wlsup fit -c RECIPE.yaml [-c OVERLAY.yaml ...] [--KEY VALUE ...]
 
 Teach a vision encoder with captions: k-NN of the pretrained encoder, training, k-NN again, a table, results.json.
-Later recipes and options override earlier ones; a YAML key `a: {b: 1}` is the option --a.b 1.
+Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the option --a.b 1.
 
   --approach NAME               {approaches}
   --seed_everything N           seed of everything (0)
@@ -55,6 +55,26 @@ Later recipes and options override earlier ones; a YAML key `a: {b: 1}` is the o
   --help-all                    every option there is (imports torch: some seconds)
 """
 
+_PRETRAIN_HELP = """\
+usage: wlsup pretrain -c RECIPE.yaml [-c OVERLAY.yaml ...] [--KEY VALUE ...]
+
+Pretrain a ViT by masked autoencoding on pictures alone; the run's folder gets model/, for --model.encoder.weights.
+
+  --seed_everything N           seed of everything (0)
+  --preset NAME                 a label for the run's folder (mini)
+  --runs DIR                    where runs go: DIR/mae/<preset>/seed<k>/<time>/ (runs)
+  --resume CKPT                 go on from a checkpoint
+  --data.images LIST            folders and tars of pictures; none for the generated ones
+  --data.batch_size N           pictures a step
+  --model.encoder.architecture  a timm name, or vit(img_size=64,patch_size=8,embed_dim=128,depth=6,num_heads=4)
+  --model.decoder.width N       and depth, heads, normalize_pixels
+  --model.mask_ratio X          share of the patches removed (0.75)
+  --model.lr X                  learning rate
+  --trainer.max_epochs N        passes over the pictures
+  --trainer.precision P         32-true, bf16-mixed, 16-mixed
+  --help-all                    every option there is (imports torch: some seconds)
+"""
+
 
 def usage() -> str:
     """Return the help of ``wlsup`` itself."""
@@ -69,11 +89,7 @@ def command_help(command: str) -> str:
     if command in ("fit", "pretrain"):
         from wlsup.approaches import APPROACHES
 
-        text = _FIT_HELP.format(approaches=" | ".join(APPROACHES))
-        if command == "fit":
-            return text
-        kept = [line for line in text.splitlines() if "approach NAME" not in line and "captions" not in line]
-        return "\n".join(kept).replace("wlsup fit", "wlsup pretrain")
+        return (_FIT_HELP if command == "fit" else _PRETRAIN_HELP).format(approaches=" | ".join(APPROACHES))
     _, what, use = COMMANDS[command]
     return f"usage: wlsup {command} {use}\n\n{what[0].upper()}{what[1:]}."
 

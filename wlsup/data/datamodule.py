@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -38,20 +36,6 @@ MINI_PICTURES = 8000
 _Keyed = tuple[list[str], Pictures]
 
 _log = logging.getLogger("wlsup.data")
-
-
-@dataclass
-class _Part:
-    """Some of a source's pictures, by position in it."""
-
-    pictures: Pictures
-    indices: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> Any:
-        return self.pictures.read(self.indices[index])
 
 
 class _KeyedDataModule(lightning.LightningDataModule):
@@ -173,7 +157,7 @@ class CaptionDataModule(_KeyedDataModule):
         self.source_options = source_options or {}
         self._train: CaptionSource | None = None
         self._validation: CaptionSource | None = None
-        self._evals: dict[ImageSpec, list[EvalSet]] = {}
+        self._evals: tuple[ImageSpec, list[EvalSet]] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the captions, check that the pictures are there, choose the pairs. A second call does nothing.
@@ -189,8 +173,8 @@ class CaptionDataModule(_KeyedDataModule):
         self.bad.admit(source.dropped, listed=len(source.keys) + len(source.dropped))
         held_out = 0 if source.validation is not None else self.request.validation_pairs
         train, validation = split_by_hash(source.keys, self.request.pairs, held_out)
-        self._validation = source.validation if source.validation is not None else _choose(source, validation)
-        self._train = _choose(source, train)
+        self._validation = source.validation if source.validation is not None else source.select(validation)
+        self._train = source.select(train)
         self._expect(len(self._train.keys), len(self._validation.keys))
 
     @property
@@ -229,9 +213,9 @@ class CaptionDataModule(_KeyedDataModule):
     def eval_datasets(self) -> list[EvalSet]:
         """Return the labelled sets, built once."""
         spec = self._spec()
-        if spec not in self._evals:
-            self._evals[spec] = [build_eval_set(entry, spec) for entry in self.eval_sets]
-        return self._evals[spec]
+        if self._evals is None or self._evals[0] != spec:
+            self._evals = spec, [build_eval_set(entry, spec) for entry in self.eval_sets]
+        return self._evals[1]
 
     def _ready(self) -> CaptionSource:
         if self._train is None:
@@ -351,12 +335,3 @@ class ImageDataModule(_KeyedDataModule):
         if self._parts is None:
             raise WlsupError("The data module's setup did not complete.")
         return self._parts
-
-
-def _choose(source: CaptionSource, keys: Sequence[str]) -> CaptionSource:
-    """Return the part of a source that ``keys`` name, in their order."""
-    position = {key: index for index, key in enumerate(source.keys)}
-    indices = [position[key] for key in keys]
-    return CaptionSource(
-        source.name, list(keys), [source.captions[index] for index in indices], _Part(source.pictures, indices)
-    )

@@ -8,7 +8,7 @@ import numpy as np
 
 from wlsup.data.mini_render import SIDE, Array, Draws, noise, pixel_axes, rgb, triangle_wave
 
-__all__ = ["COLOURS", "GROUNDS", "PLAIN_GROUNDS", "GroundPaint", "colour_near", "paint_ground", "two_nearest"]
+__all__ = ["COLOURS", "GROUNDS", "PLAIN_COLOURS", "PLAIN_GROUNDS", "GroundPaint", "colour_near", "paint_ground", "two_nearest"]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (208, 36, 38),
@@ -183,9 +183,6 @@ GROUNDS: dict[str, tuple[Callable[[Draws], GroundPaint], tuple[str, ...]]] = {
     "static": (_static, ("grey",)),
 }
 
-# The simple grounds of the pretraining world and of mini_shapes.
-PLAIN_GROUNDS: tuple[str, ...] = ("plain", "gradient", "sand", "snow")
-
 _CLASHES = {
     "orange": ("red", "yellow", "brown"),
     "red": ("orange", "brown", "pink"),
@@ -200,6 +197,40 @@ _CLASHES = {
     "grey": ("white", "brown"),
     "black": ("brown",),
 }
+
+
+def _pale(draws: Draws, name: str) -> Array:
+    return 0.45 * colour_near(draws, name) + np.float32(0.55 * 250)
+
+
+def _paper(draws: Draws) -> GroundPaint:
+    name = draws.pick(_PAPERS)
+    return _pale(draws, name) + (noise(draws, 3) * 14 - 7), (name,)
+
+
+def _fade(draws: Draws) -> GroundPaint:
+    first, second = draws.sample(_PAPERS, 2)
+    along, _ = pixel_axes(draws.between(0, 6.2832))
+    return _mix(_pale(draws, first), _pale(draws, second), np.clip(along / 72 + 0.5, 0, 1)), (first, second)
+
+
+def _smooth_sand(draws: Draws) -> GroundPaint:
+    base = rgb(228 + draws.between(-8, 8), 202 + draws.between(-8, 8), 156 + draws.between(-12, 10))
+    return base + (noise(draws, 4) * 20 - 10) + _grain(draws) * 4, ()
+
+
+_PAPERS = ("white", "yellow", "pink", "turquoise", "grey")
+
+# The light, quiet grounds of the pretraining world and of mini_shapes.
+PLAIN_GROUNDS: dict[str, Callable[[Draws], GroundPaint]] = {
+    "plain": _paper,
+    "gradient": _fade,
+    "sand": _smooth_sand,
+    "snow": _snow,
+}
+
+# The colours of objects on them: all darker than any of these grounds.
+PLAIN_COLOURS: tuple[str, ...] = ("red", "green", "blue", "purple", "brown", "black")
 
 
 def paint_ground(draws: Draws, name: str) -> tuple[Array, tuple[str, ...], tuple[str, ...]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from wlsup.data.mini_grounds import COLOURS, GROUNDS, PLAIN_GROUNDS, colour_near, paint_ground
+from wlsup.data.mini_grounds import COLOURS, GROUNDS, PLAIN_COLOURS, PLAIN_GROUNDS, colour_near, paint_ground
 from wlsup.data.mini_render import PATTERNS, SHAPES, Array, Draws, blend, coverage, finish, local_axes, rgb, window
 
 __all__ = ["TEXTURES", "Scene", "SceneObject", "caption_scene", "paint_object", "plain_scene"]
@@ -237,8 +237,8 @@ def plain_scene(draws: Draws, shape: str | None = None) -> Scene:
         draws: the picture's random numbers.
         shape: of the only object; None for a pretraining picture: one or two objects of any shape.
     """
-    ground = draws.pick(PLAIN_GROUNDS)
-    canvas, ground_colours, avoid = paint_ground(draws, ground)
+    ground = draws.pick(tuple(PLAIN_GROUNDS))
+    canvas, ground_colours = PLAIN_GROUNDS[ground](draws)
     wanted = 1 if shape or draws.chance(0.75) else 2
     sizes, spots, radii = [], None, []
     while spots is None:
@@ -246,8 +246,7 @@ def plain_scene(draws: Draws, shape: str | None = None) -> Scene:
         radii = [draws.between(11.5, 20) if wanted == 1 else draws.between(9, 13) for _ in range(wanted)]
         spots = _place(draws, radii, False, False)
     objects = []
-    allowed = [name for name in COLOURS if name not in avoid]
-    for index, colour in enumerate(draws.sample(allowed, wanted)):
+    for index, colour in enumerate(draws.sample(PLAIN_COLOURS, wanted)):
         kind = shape or draws.pick(tuple(SHAPES))
         objects.append(
             SceneObject(
@@ -255,7 +254,7 @@ def plain_scene(draws: Draws, shape: str | None = None) -> Scene:
                 colour=colour,
                 size=sizes[index],
                 texture=draws.pick(("striped", "dotted", "outlined")) if draws.chance(0.3) else "plain",
-                texture_colour=_second_colour(draws, colour, avoid),
+                texture_colour=_second_colour(draws, colour, ()),
                 x=spots[index][0],
                 y=spots[index][1],
                 radius=radii[index],
@@ -265,5 +264,5 @@ def plain_scene(draws: Draws, shape: str | None = None) -> Scene:
     for thing in objects:
         paint_object(canvas, draws, thing, contrast=0.35)
     # No grain here: normalised patch by patch, a flat patch with grain would ask a masked autoencoder for pure noise.
-    image = finish(canvas * np.float32(draws.between(0.75, 1.08)))
+    image = finish(canvas * np.float32(draws.between(0.8, 1.05)))
     return Scene(image, objects, ground, ground_colours)

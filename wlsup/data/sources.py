@@ -18,6 +18,7 @@ __all__ = [
     "CaptionSource",
     "MemoryPictures",
     "Pictures",
+    "PicturesPart",
     "SourceRequest",
     "StoredPictures",
     "load_source",
@@ -81,6 +82,26 @@ class StoredPictures:
 
 
 @dataclass
+class PicturesPart:
+    """Some of a source's pictures.
+
+    Args:
+        whole: all of them.
+        indices: the positions of these.
+    """
+
+    whole: Pictures
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Tensor:
+        """Return picture ``index`` of the part as (3, H, W) uint8; Raises `UnreadableImage` saying why not."""
+        return self.whole.read(self.indices[index])
+
+
+@dataclass
 class CaptionSource:
     """Captioned pictures.
 
@@ -107,6 +128,13 @@ class CaptionSource:
             raise ValueError(
                 f"{self.name}: {len(self.keys)} keys, {len(self.captions)} caption lists, {len(self.pictures)} pictures"
             )
+
+    def select(self, keys: Sequence[str]) -> CaptionSource:
+        """Return the records that ``keys`` name, in their order."""
+        position = {key: index for index, key in enumerate(self.keys)}
+        indices = [position[key] for key in keys]
+        captions = [self.captions[index] for index in indices]
+        return CaptionSource(self.name, list(keys), captions, PicturesPart(self.pictures, indices))
 
 
 @dataclass(frozen=True)

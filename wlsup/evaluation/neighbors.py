@@ -2,7 +2,7 @@
 
 A search in fp32 is exact but for rounding: two candidates for the last place whose similarities differ by less than
 the rounding error may come out either way, by library and by processor. Such queries (about one in a thousand) are
-searched again in fp64, so that the neighbours are those of exact arithmetic. Equal similarities (duplicated pictures,
+decided in fp64, so that the neighbours are those of exact arithmetic. Equal similarities (duplicated pictures,
 a collapsed encoder) go to the lower bank index.
 """
 
@@ -28,8 +28,10 @@ SIMILARITY_TOLERANCE = 1e-6
 _NORM_TOLERANCE = 1e-3
 _QUERIES_CPU, _QUERIES_CUDA = 4096, 16384  # queries per search: faiss works in blocks of 4,096 queries by 1,024
 _TILE_CPU, _TILE_CUDA = 2**21, 2**26  # similarities held at once: 8 MB and 256 MB
+_SPARE = 8
 _GROUP = 64  # similarities represented by their maximum in a first, cheap selection
-_EXACT_QUERIES, _EXACT_BANK = 256, 1024  # rows per tile of the fp64 search: about 15 MB at width 768
+_EXACT_VALUES = 2**20  # of neighbours in fp64 at once: 8 MB
+_EXACT_QUERIES, _EXACT_BANK = 256, 1024  # rows per tile of the whole search in fp64: about 15 MB at width 768
 _KEY_SCALE = 2**29  # similarities closer than 1 / 2**29 (1.9e-9) count as equal
 _INDEX_MASK = 2**32 - 1
 
@@ -82,8 +84,8 @@ def nearest_neighbors(
 def _search(
     bank: Tensor, queries: Tensor, ks: Sequence[int], device: torch.device, with_faiss: bool
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    # One neighbour more than asked for shows whether the last place was close.
-    found = min(max(ks) + 1, len(bank))
+    # Some neighbours more than asked for show whether the last place was close, and between whom.
+    found = min(max(ks) + _SPARE, len(bank))
     step = _QUERIES_CUDA if device.type == "cuda" else _QUERIES_CPU
     for start in range(0, len(queries), step):
         rows = slice(start, min(start + step, len(queries)))
@@ -200,10 +202,15 @@ def _search_torch(bank: Tensor, queries: Tensor, k: int, device: torch.device) -
     width = min(len(bank), 65536 if device.type == "cuda" else 8192)
     height = max(1, budget // width)
     queries = queries.to(device, torch.float32)
+    # One buffer for all products: allocated anew each time they would leave the heap in pieces.
+    buffer = torch.empty(min(height, len(queries)) * width, device=device)
     best: tuple[Tensor, Tensor] | None = None
     for start in range(0, len(bank), width):
         tile = bank[start : start + width].to(device, torch.float32)
-        parts = [_top_of_tile(part @ tile.T, min(k, len(tile))) for part in queries.split(height)]
+        parts = []
+        for part in queries.split(height):
+            products = buffer[: len(part) * len(tile)].view(len(part), len(tile))
+            parts.append(_top_of_tile(torch.mm(part, tile.T, out=products), min(k, len(tile))))
         similarities = torch.cat([part[0] for part in parts])
         indices = torch.cat([part[1] for part in parts]) + start
         if best is not None:
@@ -235,30 +242,52 @@ def _top_of_tile(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _settle_ties(bank: Tensor, queries: Tensor, similarities: Tensor, indices: Tensor, ks: Sequence[int]) -> None:
-    """Search those queries again in fp64 whose last place at one of ``ks`` was closer than rounding can tell."""
+    """Decide in fp64, in place, where the last place at one of ``ks`` was closer than rounding can tell."""
     close = torch.zeros(len(queries), dtype=torch.bool)
+    unbounded = torch.zeros_like(close)  # others as close may be in the bank beyond those that were found
     for k in ks:
         if k < similarities.shape[1]:
-            close |= similarities[:, k - 1] - similarities[:, k] <= SIMILARITY_TOLERANCE
-    for rows in close.nonzero().squeeze(1).split(_EXACT_QUERIES):
-        exact = _search_exact(bank, queries[rows.to(queries.device)], similarities.shape[1])
-        similarities[rows], indices[rows] = exact
+            last = similarities[:, k - 1]
+            contested = last - similarities[:, k] <= SIMILARITY_TOLERANCE
+            close |= contested
+            if similarities.shape[1] < len(bank):
+                unbounded |= contested & (last - similarities[:, -1] <= SIMILARITY_TOLERANCE)
+    found = similarities.shape[1]
+    few = max(1, _EXACT_VALUES // (found * bank.shape[1]))
+    for rows in (close & ~unbounded).nonzero().squeeze(1).split(few):
+        similarities[rows], indices[rows] = _order_exactly(bank, queries[rows.to(queries.device)], indices[rows])
+    for rows in (close & unbounded).nonzero().squeeze(1).split(_EXACT_QUERIES):
+        similarities[rows], indices[rows] = _search_exactly(bank, queries[rows.to(queries.device)], found)
 
 
-def _search_exact(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Search in fp64; equal similarities go to the lower index.
+def _order_exactly(bank: Tensor, queries: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Order the given neighbours (r, K) by their similarity in fp64."""
+    queries, indices = queries.to(bank.device, torch.float64), indices.to(bank.device)
+    candidates = bank[indices].to(torch.float64)
+    return _unpack(_pack(torch.einsum("rkd,rd->rk", candidates, queries), indices).sort(1, descending=True).values)
 
-    Similarity and index are packed into one integer, so that ``topk``, which promises no order among equals, meets
-    none.
-    """
+
+def _search_exactly(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Search the whole bank in fp64."""
     queries = queries.to(bank.device, torch.float64)
     best: Tensor | None = None
     for start in range(0, len(bank), _EXACT_BANK):
         tile = bank[start : start + _EXACT_BANK].to(torch.float64)
-        positions = torch.arange(start, start + len(tile), device=bank.device)
-        keys = (queries @ tile.T).mul_(_KEY_SCALE).round_().to(torch.int64)
-        keys = keys.bitwise_left_shift_(32).add_(_INDEX_MASK - positions)
+        keys = _pack(queries @ tile.T, torch.arange(start, start + len(tile), device=bank.device))
         keys = keys if best is None else torch.cat([best, keys], 1)
         best = keys.topk(min(k, keys.shape[1]), dim=1).values
-    similarities = best.bitwise_right_shift(32).to(torch.float64).div_(_KEY_SCALE)
-    return similarities.float().cpu(), (_INDEX_MASK - best.bitwise_and(_INDEX_MASK)).cpu()
+    return _unpack(best)
+
+
+def _pack(similarities: Tensor, indices: Tensor) -> Tensor:
+    """Make one integer of each similarity and index, larger for the larger similarity and then the lower index.
+
+    So that ``topk``, which promises no order among equals, meets none.
+    """
+    keys = similarities.mul(_KEY_SCALE).round_().to(torch.int64)
+    return keys.bitwise_left_shift_(32).add_(_INDEX_MASK - indices)
+
+
+def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    similarities = keys.bitwise_right_shift(32).to(torch.float64).div_(_KEY_SCALE)
+    return similarities.float().cpu(), (_INDEX_MASK - keys.bitwise_and(_INDEX_MASK)).cpu()

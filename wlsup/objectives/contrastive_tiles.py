@@ -21,6 +21,8 @@ __all__ = ["Needs", "Strip", "StripResult", "info_nce_strip", "siglip_strip"]
 # Logits within +-40 can be exponentiated as they are: in fp32 neither do the sums overflow nor do an exponential or the
 # inverse of a normaliser underflow. It saves one of two exponentials a logit, in both passes.
 _PLAIN_EXP_LIMIT = 40.0
+# Beyond 40 softplus(x) is x to the last digit, of fp64 too.
+_SOFTPLUS_IS_LINEAR = 40.0
 
 
 class Needs(NamedTuple):
@@ -131,7 +133,9 @@ def info_nce_strip(strip: Strip, ranks: Ranks, need: Needs) -> StripResult:
     """Return sum_i [logsumexp_j s_ij + logsumexp_j s_ji - 2 s_ii] over this rank's i, and gradients.
 
     The first pass over the tiles finds the normalisers of rows and columns, the second recomputes the tiles for the
-    gradients: G_ij = exp(s_ij - row_i) + exp(s_ij - column_j) - 2 [i = j].
+    gradients: G_ij = exp(s_ij - row_i) + exp(s_ij - column_j) - 2 [i = j]. Negatives are summed apart from the positive.
+    With n_i = logsumexp_{j != i} s_ij, a row's loss is softplus(n_i - s_ii), and its part of G_ii -sigmoid(n_i - s_ii):
+    late in training, where the positive's probability rounds to 1, the difference from 1 would be rounding error only.
     """
     b, B = strip.image.shape[0], strip.text.shape[0]
     plain = strip.logits_are_small()
@@ -140,6 +144,7 @@ def info_nce_strip(strip: Strip, ranks: Ranks, need: Needs) -> StripResult:
     own = strip.image.new_empty(b)
     for tile in strip.tiles():
         own[tile.own_rows] = tile.own
+        tile.own.fill_(-math.inf)
         r, c = row[tile.rows], column[tile.columns]
         if plain:
             exponentials = tile.logits.exp_()
@@ -151,11 +156,15 @@ def info_nce_strip(strip: Strip, ranks: Ranks, need: Needs) -> StripResult:
     if plain:
         row.log_()
         column.log_()
-    column = ranks.logsumexp(column)
-    loss = (row - own).sum() + (column[strip.offset : strip.offset + b] - own).sum()
+    own_column = ranks.logsumexp(column)[strip.offset : strip.offset + b]
+    missed = torch.stack([row - own, own_column - own])
+    loss = F.softplus(missed, threshold=_SOFTPLUS_IS_LINEAR).sum()
     if not need.any:
         return StripResult(loss, None, None, None)
 
+    torch.logaddexp(row, own, out=row)
+    column = ranks.gather(torch.logaddexp(own_column, own))
+    own_weights = -missed.sigmoid_().sum(0)
     d_image, d_text = strip.zeros(need)
     spare = strip.image.new_empty(min(strip.tile, b) * min(strip.tile, B))
     row_inverse, column_inverse = (row.neg().exp_(), column.neg().exp_()) if plain else (row, column)
@@ -167,7 +176,7 @@ def info_nce_strip(strip: Strip, ranks: Ranks, need: Needs) -> StripResult:
         else:
             torch.sub(tile.logits, row[tile.rows, None], out=other).exp_()
             weights = tile.logits.sub_(column[tile.columns]).exp_().add_(other)
-        tile.own.sub_(2.0)
+        tile.own.copy_(own_weights[tile.own_rows])
         strip.accumulate(tile, weights, d_image, d_text)
     return StripResult(loss, d_image, d_text, None)
 
@@ -182,9 +191,8 @@ def siglip_strip(strip: Strip, ranks: Ranks, need: Needs) -> StripResult:
     d_bias = strip.image.new_zeros(()) if need.bias else None
     for tile in strip.tiles():
         # With x = -z s each term is softplus(x) and its derivative sigmoid(x): no difference of nearly equal numbers.
-        # Beyond 40 softplus(x) is x to the last digit, also of fp64.
         tile.own.neg_()
-        loss += F.softplus(tile.logits, threshold=40.0).sum()
+        loss += F.softplus(tile.logits, threshold=_SOFTPLUS_IS_LINEAR).sum()
         if not need.any:
             continue
         weights = tile.logits.sigmoid_()

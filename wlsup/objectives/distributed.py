@@ -84,7 +84,8 @@ class Ranks:
         """Return log sum_k exp(x_k) over the ranks, elementwise, the same on each."""
         if self.world == 1:
             return x
-        most = self._reduce(x, dist.ReduceOp.MAX)
+        # Where x is -inf on all ranks, a finite maximum keeps -inf minus -inf out.
+        most = self._reduce(x, dist.ReduceOp.MAX).clamp_min(torch.finfo(x.dtype).min)
         return self.sum((x - most).exp()).log() + most
 
     def _reduce(self, x: Tensor, op: Any) -> Tensor:

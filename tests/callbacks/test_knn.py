@@ -1,0 +1,53 @@
+"""k-NN leaves the module as it found it, and says what it compares."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from wlsup.batch import EvalSet
+from wlsup.callbacks.knn import KNN, domain_means, evaluate_knn
+from wlsup.errors import WlsupError
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Dropout(0.5)
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def features(self, images):
+        assert not self.training
+        return self.frozen(images.flatten(1)) * self.weight
+
+
+def separable(count):
+    labels = torch.arange(count) % 2
+    images = torch.randn(count, 3, 2, 2) * 0.1 + (labels * 2.0 - 1).view(-1, 1, 1, 1)
+    return TensorDataset(images, labels)
+
+
+@pytest.fixture
+def eval_set():
+    return EvalSet("toy", "in", separable(40), separable(30), ["a", "b"])
+
+
+def test_it_runs_in_eval_mode_and_puts_every_modules_mode_back(eval_set):
+    encoder = Encoder()
+    encoder.train()
+    encoder.frozen.eval()
+    result = evaluate_knn(encoder, eval_set, ks=(10, 20, 100))
+    assert result.top1 == 1.0
+    assert set(result.accuracy) == {10, 20}
+    assert encoder.training
+    assert not encoder.frozen.training
+
+
+def test_domain_means_are_none_where_there_is_no_set():
+    entries = {"a": {"domain": "out", "delta": 0.1}, "b": {"domain": "out", "delta": 0.3}}
+    assert domain_means(entries) == {"in_domain_delta": None, "out_of_domain_delta": pytest.approx(0.2)}
+
+
+def test_k_must_be_positive():
+    with pytest.raises(WlsupError, match="at least 1"):
+        KNN(k=0)
