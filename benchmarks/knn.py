@@ -2,12 +2,14 @@
 
     pip install lightly
     python benchmarks/knn.py [--json] [--quick] [--widths 768 192] [--bank 50000] [--queries 10000] [--k 20] [--pairs 3]
+                             [--only CANDIDATE ...]
 
 From normalised features to predictions, T = 0.07, ten classes, one thread. Time: the product of all queries with the
 bank, in blocks of 1,024, is timed again before every run of a candidate; the ratio within each pair, the median over
-pairs. Memory: peak resident size above that with the features loaded, each candidate in a fresh process that has
-imported its libraries and run nothing. Agreement: predictions equal to DINO's rule (its ties, and neighbours that fp32
-cannot tell apart, go either way). Bars, for ours at the first width: time <= 1.05 of the product, memory <= 40 MB.
+pairs. Seconds are the process's own, over all its threads: what else the machine does does not count. Memory: peak
+resident size above that with the features loaded, each candidate in a fresh process that has imported its libraries and
+run nothing. Agreement: predictions equal to DINO's rule (its ties, and neighbours that fp32 cannot tell apart, go
+either way). Bars, for ours at the first width: time <= 1.05 of the product, memory <= 40 MB.
 """
 
 from __future__ import annotations
@@ -162,11 +164,11 @@ def measure_time(
     candidate, ratios, seconds = CANDIDATES[name], [], []
     predictions = None
     for _ in range(pairs):
-        began = time.perf_counter()
+        began = time.process_time()
         product(*features, k)
-        middle = time.perf_counter()
+        middle = time.process_time()
         predictions = candidate(*features, k)
-        seconds.append(time.perf_counter() - middle)
+        seconds.append(time.process_time() - middle)
         ratios.append(seconds[-1] / (middle - began))
     row = {
         "time_ratio": statistics.median(ratios),
@@ -204,15 +206,16 @@ def measure(width: int, args: argparse.Namespace) -> dict[str, dict[str, object]
     for warm in (product, ours_torch, ours):
         warm(features[0][:4096], features[1][:4096], features[2][:4096], args.k)
     rows, predictions = {}, {}
-    for name in CANDIDATES:
+    for name in args.only:
         if not load(name):
             print(f"{name}: not installed, left out", file=sys.stderr)
             continue
         print(f"D={width}: {name}", file=sys.stderr)
         rows[name], predictions[name] = measure_time(name, features, args.k, args.pairs)
         rows[name]["peak_mb"] = measure_memory(name, width, args)
-    for name, row in rows.items():
-        row["agrees_with_dino"] = float((predictions[name] == predictions["DINO eval_knn"]).double().mean())
+    if "DINO eval_knn" in rows:
+        for name, row in rows.items():
+            row["agrees_with_dino"] = float((predictions[name] == predictions["DINO eval_knn"]).double().mean())
     return rows
 
 
@@ -226,6 +229,7 @@ def main() -> int:
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=3, help="timed pairs; the median is reported")
+    parser.add_argument("--only", nargs="+", choices=tuple(CANDIDATES), default=list(CANDIDATES), metavar="CANDIDATE")
     parser.add_argument("--probe", choices=tuple(CANDIDATES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -236,8 +240,9 @@ def main() -> int:
     if args.quick:
         args.bank, args.queries = 10_000, 2_000
     widths = {str(width): measure(width, args) for width in args.widths}
-    first = widths[str(args.widths[0])]["ours"]
-    met = all(first[name] <= bar for name, bar in BARS.items())
+    first = widths[str(args.widths[0])].get("ours")
+    judged = first is not None and not args.quick
+    met = all(first[name] <= bar for name, bar in BARS.items()) if judged else None
     result = {
         "benchmark": "knn",
         "bank": args.bank,
@@ -247,7 +252,7 @@ def main() -> int:
         "torch": torch.__version__,
         "bars": BARS,
         "widths": widths,
-        "met": None if args.quick else met,
+        "met": met,
     }
     if args.json:
         print(json.dumps(result, indent=2))
@@ -259,13 +264,14 @@ def main() -> int:
             print(f"\n{'D = ' + width:26}  time   (range)          seconds   peak MB   agrees with DINO")
             for name, row in rows.items():
                 low, high = row["time_ratio_range"]
+                agrees = f"{100 * row['agrees_with_dino']:.2f} %" if "agrees_with_dino" in row else "-"
                 print(
                     f"{name:26} {row['time_ratio']:5.2f}x  ({low:.2f} to {high:.2f})  {row['seconds']:8.2f}  "
-                    f"{row['peak_mb']:8.0f}   {100 * row['agrees_with_dino']:.2f} %"
+                    f"{row['peak_mb']:8.0f}   {agrees}"
                 )
-        verdict = "not judged on a quick run" if args.quick else "met" if met else "MISSED"
+        verdict = {None: "not judged on such a run", True: "met", False: "MISSED"}[met]
         print(f"\nbars, ours at D = {args.widths[0]}: time <= 1.05x, memory <= 40 MB: {verdict}")
-    return 0 if met or args.quick else 1
+    return 1 if met is False else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from mini_pretraining.common import Progress, caption_groups, decayed, halve, learning_rate, seed_everything
-from mini_pretraining.tokens import save_text_tokenizer
+from mini_pretraining.tokens import SPECIAL, save_text_tokenizer
 
 __all__ = ["make_text_encoder"]
 
@@ -45,7 +45,7 @@ def _accuracy(model: BertModel, ids: Tensor, mask: Tensor) -> float:
 
 
 def make_text_encoder(
-    folder: Path, tokenizer_folder: Path, *, steps: int, seed: int, scenes: int = 20_000
+    folder: Path, tokenizer_folder: Path, *, steps: int, seed: int, scenes: int = 12_000
 ) -> dict[str, object]:
     """Train the text encoder and write it, with its tokenizer, to ``folder`` for AutoModel and AutoTokenizer."""
     generator = seed_everything(seed)
@@ -56,6 +56,8 @@ def make_text_encoder(
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=512,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         max_position_embeddings=64,
         type_vocab_size=1,
         pad_token_id=tokenizer.pad_token_id,
@@ -79,7 +81,7 @@ def make_text_encoder(
 
     ids, mask = encode(caption_groups(scenes))
     held_ids, held_mask = encode([group[:2] for group in caption_groups(512, "validation")])
-    batch, special = 192, len(tokenizer.all_special_ids) + 2
+    batch, special = 128, len(SPECIAL)
     progress = Progress("text", steps)
     model.train()
     for step in range(steps):
@@ -92,11 +94,13 @@ def make_text_encoder(
         longest = int(some_mask.sum(1).max())
         some_ids, some_mask = some_ids[:, :longest], some_mask[:, :longest]
         hidden, labels = _mask_words(some_ids, some_mask, special, tokenizer.mask_token_id, generator)
-        tokens, _ = _pooled(model, hidden[:batch], some_mask[:batch])
-        where = labels[:batch] != _IGNORED
+        # One pass serves both: a caption with hidden words is still to find its scene's other caption.
+        hidden = torch.cat([hidden[:batch], some_ids[batch:]])
+        labels[batch:] = _IGNORED
+        tokens, pooled = _pooled(model, hidden, some_mask)
+        where = labels != _IGNORED
         logits = head(tokens[where]) @ model.embeddings.word_embeddings.weight.T + bias
-        masked = F.cross_entropy(logits, labels[:batch][where])
-        _, pooled = _pooled(model, some_ids, some_mask)
+        masked = F.cross_entropy(logits, labels[where])
         first, second = F.normalize(pooled, dim=1).chunk(2)
         scores = scale.exp().clamp(max=50) * first @ second.T
         target = torch.arange(batch)
@@ -110,7 +114,7 @@ def make_text_encoder(
     model.eval().save_pretrained(folder)
     halve(folder / "model.safetensors")
     return {
-        "recipe": "BERT: masked words (20 %) + 0.5 x InfoNCE between two captions of a scene, mean pooling, no pictures",
+        "recipe": "BERT: masked words (20 %) + 0.5 x InfoNCE between two captions of a scene, mean pooling",
         "parameters": sum(p.numel() for p in model.parameters()),
         "scenes": scenes,
         "steps": steps,

@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from mini_pretraining.common import caption_groups
 
-__all__ = ["make_tokenizer", "save_language_tokenizer", "save_text_tokenizer"]
+__all__ = ["SPECIAL", "make_tokenizer", "save_language_tokenizer", "save_text_tokenizer"]
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[EOS]"]
 _COMMON = {"pad_token": "[PAD]", "unk_token": "[UNK]", "clean_up_tokenization_spaces": False}
 
 
-def make_tokenizer(folder: Path, vocabulary: int = 960, scenes: int = 8000) -> dict[str, object]:
+def make_tokenizer(folder: Path, vocabulary: int = 960, scenes: int = 3000) -> dict[str, object]:
     """Train the tokenizer and write ``tokenizer.json`` and its configuration to ``folder``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

@@ -40,7 +40,7 @@ def train(approach, steps, lr=None, make=noise_batch, generator=None):
         parts["loss"].backward()
         optimizer.step()
         approach.on_train_batch_end()
-        losses.append({name: float(value) for name, value in parts.items()})
+        losses.append({name: float(value.detach()) for name, value in parts.items()})
     return losses
 
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from wlsup.callbacks.retrieval import Retrieval
 from wlsup.cli import main
 
 SETS = ["mini_shapes", "mini_digits"]
@@ -133,6 +134,20 @@ def test_a_resumed_run_keeps_the_pretrained_score_and_counts_on(run, results, tm
     assert resumed["samples_seen"] == 384
     for name in SETS:
         assert resumed["knn"][name]["pretrained"] == results["knn"][name]["pretrained"]
+
+
+def test_a_run_cut_off_and_resumed_ends_as_the_unbroken_one(results, tmp_path, monkeypatch):
+    def cut(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise RuntimeError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Retrieval, "on_train_epoch_start", cut)
+        with pytest.raises(RuntimeError, match="cut off"):
+            main([*SMALL, "--run_dir", str(tmp_path / "cut")])
+    assert not (tmp_path / "cut" / "results.json").exists()
+    resumed = run_small(tmp_path / "resumed", "--resume", str(tmp_path / "cut" / "checkpoints" / "last.ckpt"))
+    assert timeless(resumed) == timeless(results)
 
 
 def test_knn_of_the_run_gives_its_own_figures(run, results, capsys):

@@ -99,6 +99,23 @@ def test_reduced_precision_asked_for_in_training_does_not_reach_the_search():
     assert torch.equal(before, during)
 
 
+def test_precision_set_by_either_of_torchs_interfaces_is_full_in_the_search_and_put_back(monkeypatch):
+    matmul = getattr(getattr(torch.backends, "mkldnn", None), "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has the older interface only")
+    seen = []
+    inner = neighbors._search_torch
+    monkeypatch.setattr(neighbors, "_search_torch", lambda *given: seen.append(matmul.fp32_precision) or inner(*given))
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        search(unit(300, 16, 0), unit(5, 16, 1), [5], search="torch")
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+    assert seen == ["ieee"]
+
+
 def test_faiss_takes_torchs_number_of_threads_and_gives_its_own_back():
     faiss = pytest.importorskip("faiss")
     bank, queries = unit(300, 16, 0), unit(5, 16, 1)

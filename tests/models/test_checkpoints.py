@@ -48,6 +48,11 @@ def layouts(state: dict) -> dict[str, object]:
             "student": prefixed({name: torch.zeros_like(tensor) for name, tensor in state.items()}, "module.backbone."),
             "epoch": 3,
         },
+        "student and teacher side by side": {
+            **prefixed({name: torch.zeros_like(tensor) for name, tensor in state.items()}, "net."),
+            **prefixed(state, "teacher.backbone."),
+            **prefixed({name: torch.zeros_like(tensor) for name, tensor in state.items()}, "momentum.net.backbone."),
+        },
         "data parallel": prefixed(state, "module."),
         "lightning": {"state_dict": prefixed(state, "model.backbone.") | {"loss.weight": torch.zeros(3)}},
         "with a classifier": state | {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)},
@@ -158,6 +163,7 @@ def test_own_folder_round_trips_bit_for_bit_and_half_precision_loads_as_fp32(tmp
     assert all(tensor.dtype == torch.float32 for tensor in half.state_dict().values())
     assert torch.allclose(half.features(images), encoder.features(images), atol=1e-2)
     assert sorted(path.name for path in (tmp_path / "half").iterdir()) == ["config.json", "model.safetensors"]
+    assert len({path.stat().st_mode for path in (tmp_path / "half").iterdir()}) == 1  # not readable by the owner only
 
 
 def test_own_folder_with_one_changed_value_is_refused(tmp_path: Path) -> None:

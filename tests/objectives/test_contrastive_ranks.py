@@ -101,6 +101,9 @@ def work(rank, world, folder):
     scale, image, text = torch.tensor(CLIP_LOGIT_SCALE), images[rows], texts[rows]
     results["alone"] = info_nce(F.normalize(image, dim=1), F.normalize(text, dim=1), scale, gather=False)
 
+    same = ["one picture"] * b
+    results["no negatives"] = info_nce(F.normalize(image, dim=1), F.normalize(text, dim=1), scale, keys=same)
+
     # Half of the ranks in a group of their own.
     groups = [dist.new_group(list(range(world // 2))), dist.new_group(list(range(world // 2, world)))]
     half = groups[rank >= world // 2]
@@ -176,6 +179,11 @@ def test_gather_false_keeps_to_the_ranks_own_pairs(results, world):
         rows = slice(rank * b, (rank + 1) * b)
         own = info_nce(images[rows], texts[rows], torch.tensor(CLIP_LOGIT_SCALE))
         torch.testing.assert_close(result["alone"], own)
+
+
+@worlds
+def test_captions_of_one_image_on_all_ranks_leave_nothing_to_learn(results, world):
+    assert all(float(result["no negatives"]) == 0 for result in results(world))
 
 
 @worlds

@@ -11,6 +11,7 @@ from wlsup.batch import CaptionBatch, ImageSpec
 from wlsup.errors import WlsupError
 from wlsup.models.heads import ContrastiveHead
 from wlsup.models.vision import VisionEncoder
+from wlsup.objectives.contrastive import clamp_logit_scale_
 from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
 from wlsup.plan import TrainPlan
 
@@ -98,7 +99,7 @@ class Approach(lightning.LightningModule):
         """Keep every logit scale in its range."""
         for module in self.modules():
             if isinstance(module, ContrastiveHead):
-                module.clamp_()
+                clamp_logit_scale_(module.logit_scale)
 
     def configure_optimizers(self) -> dict:
         """One optimizer over the plan's groups, its schedule stepped every batch."""

@@ -83,7 +83,7 @@ class RunFolder(Callback):
         logger.info("%s %s", pl_module.name, pl_module.plan.summary(pl_module))
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Lay out TensorBoard: the plan, the custom scalars, the hyperparameters with the metrics they are judged by."""
+        """Lay out TensorBoard: plan, custom scalars, hyperparameters with the metrics they are judged by."""
         self._started = time.perf_counter()
         if not trainer.is_global_zero:
             return

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "APPROACH [-c RECIPE.yaml..] [--json]",
     ),
     "knn": ("wlsup.cli.knn", "score a run, or any encoder, by k-NN", "RUN|WEIGHTS [--sets NAME,..] [--json]"),
+    "data": ("wlsup.cli.data", "list, fetch, prepare and check data sets", "list|fetch|prepare|check [NAME] [--json]"),
 }
 
 _FIT_HELP = """\
@@ -90,6 +91,10 @@ def command_help(command: str) -> str:
         from wlsup.approaches import APPROACHES
 
         return (_FIT_HELP if command == "fit" else _PRETRAIN_HELP).format(approaches=" | ".join(APPROACHES))
+    if command == "data":
+        from wlsup.cli.data import HELP
+
+        return HELP
     _, what, use = COMMANDS[command]
     return f"usage: wlsup {command} {use}\n\n{what[0].upper()}{what[1:]}."
 

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from wlsup.approaches import APPROACHES, approach_class
 from wlsup.approaches.base import Approach
+from wlsup.callbacks.keyed_randomness import KeyedRandomness
 from wlsup.callbacks.knn import KNN
 from wlsup.callbacks.progress import training_progress
 from wlsup.callbacks.reconstructions import Reconstructions
@@ -79,6 +80,7 @@ class WlsupCLI(LightningCLI):
 
     def _callbacks(self, given: list[Callback], logs: bool) -> list[Callback]:
         mine: list[Callback] = [
+            KeyedRandomness(self.config.seed_everything),
             Retrieval(),
             RunFolder(
                 self.run_dir,

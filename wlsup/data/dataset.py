@@ -13,7 +13,7 @@ from wlsup.batch import CaptionBatch, ImageBatch, ImageSpec
 from wlsup.data.images import UnreadableImage
 from wlsup.data.keyed import keyed_random
 from wlsup.data.loader import Failure
-from wlsup.data.sources import Pictures
+from wlsup.data.sources import Pictures, open_at
 from wlsup.data.transforms import EvalTransform, TrainTransform, normalize
 from wlsup.errors import WlsupError
 
@@ -99,13 +99,13 @@ class PictureDataset(Dataset):
     def _view(self, epoch: int, index: int, bad: dict[int, str]) -> Tensor | None:
         """Read and transform one picture; note in ``bad`` why it cannot be."""
         try:
-            picture = self.pictures.read(index)
+            if isinstance(self.transform, TrainTransform):
+                stream = keyed_random(self.seed, epoch, self.keys[index], "crop")
+                return self.transform(open_at(self.pictures, index), stream)
+            return self.transform(self.pictures.read(index))
         except UnreadableImage as error:
             bad[index] = error.reason
             return None
-        if isinstance(self.transform, TrainTransform):
-            return self.transform(picture, keyed_random(self.seed, epoch, self.keys[index], "crop"))
-        return self.transform(picture)
 
     def _replace(
         self, epoch: int, index: int, taken: set[int], good: list[int], bad: dict[int, str]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wlsup.batch import Domain, EvalSet, ImageSpec
-from wlsup.data.images import UnreadableImage, decode_rgb
+from wlsup.data.decoders import decode
+from wlsup.data.images import UnreadableImage
 from wlsup.data.stores import ImageStore, clean_name, open_store
 from wlsup.data.table import IMAGE_COLUMNS, resolve_prefix
 from wlsup.data.tabular import Table, read_table
@@ -76,7 +77,7 @@ class LabelledPictures(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[Tensor, int, str]:
         name, label = self.names[index], self.labels[index]
         try:
-            picture = decode_rgb(self.store.read(name))
+            picture = decode(self.store.read(name))
         except UnreadableImage as error:
             return torch.zeros(3, self.spec.size, self.spec.size), label, f"{name}: {error.reason}"
         return normalize(self.transform(picture), self.spec), label

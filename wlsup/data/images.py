@@ -13,7 +13,17 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-__all__ = ["MAX_ASPECT", "MAX_PIXELS", "PICTURE_SUFFIXES", "UnreadableImage", "decode_rgb", "is_picture", "read_rgb"]
+__all__ = [
+    "MAX_ASPECT",
+    "MAX_PIXELS",
+    "PICTURE_SUFFIXES",
+    "UnreadableImage",
+    "check_size",
+    "decode_rgb",
+    "is_picture",
+    "read_rgb",
+    "strict_about_truncation",
+]
 
 MAX_PIXELS = 89_478_485
 """Largest picture decoded, in pixels: where Pillow itself starts to warn of a decompression bomb (256 MiB as RGB)."""
@@ -83,10 +93,10 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     if not data:
         raise UnreadableImage("zero bytes")
     try:
-        with warnings.catch_warnings(), _strict_about_truncation():
+        with warnings.catch_warnings(), strict_about_truncation():
             warnings.simplefilter("ignore")  # Pillow warns of bombs and odd EXIF: both are handled here
             with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-                _check_size(*picture.size, max_pixels)
+                check_size(*picture.size, max_pixels)
                 picture.load()
                 ImageOps.exif_transpose(picture, in_place=True)
                 pixels = np.array(_to_rgb(picture))
@@ -101,7 +111,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 @contextmanager
-def _strict_about_truncation() -> Iterator[None]:
+def strict_about_truncation() -> Iterator[None]:
     """Undo, while decoding, another library's order to accept truncated pictures (grey below the cut)."""
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
@@ -110,7 +120,8 @@ def _strict_about_truncation() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Refuse, by its stated size, a picture that would be too large or too elongated; Raises `UnreadableImage`."""
     if width * height > max_pixels:
         raise UnreadableImage(f"{width} x {height} pixels, above the limit of {max_pixels:,}")
     if min(width, height) < 1:

@@ -8,7 +8,16 @@ import numpy as np
 
 from wlsup.data.mini_render import SIDE, Array, Draws, noise, pixel_axes, rgb, triangle_wave
 
-__all__ = ["COLOURS", "GROUNDS", "PLAIN_COLOURS", "PLAIN_GROUNDS", "GroundPaint", "colour_near", "paint_ground", "two_nearest"]
+__all__ = [
+    "COLOURS",
+    "GROUNDS",
+    "PLAIN_COLOURS",
+    "PLAIN_GROUNDS",
+    "GroundPaint",
+    "colour_near",
+    "paint_ground",
+    "two_nearest",
+]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (208, 36, 38),

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from wlsup.data.images import decode_rgb
+from wlsup.data.decoders import JpegPicture, decode, open_picture
+from wlsup.data.packed import PackedLists, PackedStrings
 from wlsup.data.stores import ImageStore
 from wlsup.errors import WlsupError, choose
 
@@ -22,6 +23,7 @@ __all__ = [
     "SourceRequest",
     "StoredPictures",
     "load_source",
+    "open_at",
     "register",
     "source_names",
 ]
@@ -78,7 +80,11 @@ class StoredPictures:
 
     def read(self, index: int) -> Tensor:
         """Return picture ``index`` as (3, H, W) uint8; Raises `UnreadableImage` saying why not."""
-        return decode_rgb(self.store.read(self.names[index]))
+        return decode(self.store.read(self.names[index]))
+
+    def open(self, index: int) -> JpegPicture | Tensor:
+        """Return picture ``index``, a JPEG undecoded; Raises `UnreadableImage` saying why not."""
+        return open_picture(self.store.read(self.names[index]))
 
 
 @dataclass
@@ -100,6 +106,16 @@ class PicturesPart:
         """Return picture ``index`` of the part as (3, H, W) uint8; Raises `UnreadableImage` saying why not."""
         return self.whole.read(self.indices[index])
 
+    def open(self, index: int) -> JpegPicture | Tensor:
+        """Return picture ``index`` of the part, a JPEG undecoded; Raises `UnreadableImage` saying why not."""
+        return open_at(self.whole, self.indices[index])
+
+
+def open_at(pictures: Pictures, index: int) -> JpegPicture | Tensor:
+    """Return picture ``index`` undecoded where ``pictures`` can (they have ``open``), else decoded."""
+    opener = getattr(pictures, "open", pictures.read)
+    return opener(index)
+
 
 @dataclass
 class CaptionSource:
@@ -116,8 +132,8 @@ class CaptionSource:
     """
 
     name: str
-    keys: list[str]
-    captions: list[list[str]]
+    keys: Sequence[str]
+    captions: Sequence[Sequence[str]]
     pictures: Pictures
     dropped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -132,9 +148,18 @@ class CaptionSource:
     def select(self, keys: Sequence[str]) -> CaptionSource:
         """Return the records that ``keys`` name, in their order."""
         position = {key: index for index, key in enumerate(self.keys)}
-        indices = [position[key] for key in keys]
-        captions = [self.captions[index] for index in indices]
-        return CaptionSource(self.name, list(keys), captions, PicturesPart(self.pictures, indices))
+        return self.take([position[key] for key in keys])
+
+    def take(self, indices: Sequence[int]) -> CaptionSource:
+        """Return the records at ``indices``, in their order."""
+        keys, captions = _taken(self.keys, indices), _taken(self.captions, indices)
+        return CaptionSource(self.name, keys, captions, PicturesPart(self.pictures, indices))
+
+
+def _taken(items: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    if isinstance(items, PackedStrings | PackedLists):
+        return items.take(indices)
+    return [items[index] for index in indices]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where pictures lie: a folder or an uncompressed tar, read by name, safely, from any number of workers."""
+"""Where pictures lie: a folder, an uncompressed tar or a zip, read by name, safely, from any number of workers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import os
 import posixpath
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from wlsup.data.images import UnreadableImage, is_picture
 from wlsup.errors import WlsupError
 
-__all__ = ["FolderStore", "ImageStore", "JoinedStore", "TarStore", "clean_name", "open_store"]
+__all__ = [
+    "MAX_BYTES",
+    "FolderStore",
+    "ImageStore",
+    "JoinedStore",
+    "TarStore",
+    "clean_name",
+    "escapes",
+    "open_store",
+]
 
 MAX_BYTES = 1 << 28
 """Largest picture file read, in bytes; a larger one is unreadable, not a way to fill the memory."""
@@ -23,7 +32,8 @@ def clean_name(name: str) -> str:
     return posixpath.normpath(name.strip().replace("\\", "/"))
 
 
-def _escapes(name: str) -> bool:
+def escapes(name: str) -> bool:
+    """Say whether a clean name leads out of the folder or archive it is looked up in."""
     return name.startswith(("/", "../")) or name == ".." or name[1:3] == ":/"
 
 
@@ -57,6 +67,10 @@ class ImageStore(ABC):
         """Say whether ``name`` can be had."""
         return self.problem(name) is None
 
+    def problems(self, names: Iterable[str]) -> dict[str, str]:
+        """Return, of many names, those that cannot be had, and why."""
+        return {name: reason for name in names if (reason := self.problem(name)) is not None}
+
 
 class FolderStore(ImageStore):
     """Pictures in a folder and the folders below it; names are relative to it and may not lead out of it."""
@@ -72,14 +86,34 @@ class FolderStore(ImageStore):
     def problem(self, name: str) -> str | None:
         """Say why ``name`` cannot be had: it leads out of the folder, or is not there."""
         name = self._relative(name)
-        if _escapes(name):
+        if escapes(name):
             return f"refused: the name leads out of {self.path}"
         return None if os.path.isfile(os.path.join(self.path, name)) else f"not in {self.path}"
+
+    def problems(self, names: Iterable[str]) -> dict[str, str]:
+        """Return those that cannot be had; each folder is listed once, which on shared file systems is far cheaper."""
+        listed: dict[str, set[str]] = {}
+        found = {}
+        for name in names:
+            clean = self._relative(name)
+            folder, _, file = clean.rpartition("/")
+            if escapes(clean):
+                found[name] = f"refused: the name leads out of {self.path}"
+                continue
+            if folder not in listed:
+                try:
+                    with os.scandir(os.path.join(self.path, folder)) as entries:
+                        listed[folder] = {entry.name for entry in entries if entry.is_file()}
+                except OSError:
+                    listed[folder] = set()
+            if file not in listed[folder]:
+                found[name] = f"not in {self.path}"
+        return found
 
     def read(self, name: str) -> bytes:
         """Return the content of the file ``name``; Raises `UnreadableImage` as the base class says."""
         name = self._relative(name)
-        if _escapes(name):
+        if escapes(name):
             raise UnreadableImage(f"refused: the name leads out of {self.path}")
         try:
             with open(os.path.join(self.path, name), "rb") as file:
@@ -183,7 +217,7 @@ class TarStore(ImageStore):
         name = clean_name(member.name)
         if member.isdir():
             return
-        if _escapes(name):
+        if escapes(name):
             self.refused[name] = "refused: the archive gives it an absolute path or one with '..'"
         elif member.issym() or member.islnk():
             self.refused[name] = "refused: a link in the archive, not a file"
@@ -235,14 +269,14 @@ class JoinedStore(ImageStore):
 
 
 def open_store(path: str | Path, option: str = "images") -> ImageStore:
-    """Open a folder or a tar of pictures.
+    """Open a folder, a tar or a zip of pictures.
 
     Args:
-        path: a folder, or a file ending in ``.tar``.
+        path: a folder, or a file ending in ``.tar`` or ``.zip``.
         option: the setting that gave the path, as messages name it.
 
     Raises:
-        WlsupError: if the path does not exist, or is neither of the two, or the tar is damaged.
+        WlsupError: if the path does not exist, or is none of the three, or the archive is damaged.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -253,6 +287,11 @@ def open_store(path: str | Path, option: str = "images") -> ImageStore:
         )
     if path.suffix.lower() in {".tar", ".gz", ".tgz"}:
         return TarStore(path)
+    if path.suffix.lower() == ".zip":
+        from wlsup.data.zips import ZipStore  # here: it is built on this module
+
+        return ZipStore(path)
     raise WlsupError(
-        f"{option}: {path} is neither a folder nor a .tar. Allowed: a folder of pictures, or a .tar of them."
+        f"{option}: {path} is neither a folder nor a .tar or .zip. Allowed: a folder of pictures, or an archive of "
+        "them: .tar (uncompressed) or .zip."
     )

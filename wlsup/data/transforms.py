@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from wlsup.batch import ImageSpec
+from wlsup.data.decoders import JpegPicture, check_decoder
 from wlsup.errors import WlsupError, choose
 
 __all__ = ["EvalTransform", "TrainTransform", "normalize", "random_crop_box"]
@@ -69,26 +70,32 @@ class TrainTransform:
         scale: lowest and highest area fraction of the crop, in (0, 1].
         horizontal_flip: flip half the pictures. Off by default: captions say "left" and "right".
         ratio: lowest and highest aspect ratio of the crop.
+        decoder: what decodes JPEGs that come undecoded, one of `wlsup.data.decoders.DECODERS`.
 
     Raises:
-        WlsupError: if ``scale`` is no interval in (0, 1].
+        WlsupError: if ``scale`` is no interval in (0, 1], or the decoder is not there.
     """
 
     spec: ImageSpec
     scale: tuple[float, float] = (0.4, 1.0)
     horizontal_flip: bool = False
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    decoder: str = "auto"
 
     def __post_init__(self) -> None:
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise WlsupError(f"crop_scale={list(self.scale)}: give two numbers, 0 < lowest <= highest <= 1.")
         _mode(self.spec)
+        check_decoder(self.decoder)
 
-    def __call__(self, picture: Tensor, stream: random.Random) -> Tensor:
-        """(3, H, W) uint8 -> (3, size, size) uint8."""
+    def __call__(self, picture: Tensor | JpegPicture, stream: random.Random) -> Tensor:
+        """(3, H, W) uint8, decoded or not -> (3, size, size) uint8; Raises `UnreadableImage` in decoding."""
         box = random_crop_box(picture.shape[-2], picture.shape[-1], self.scale, self.ratio, stream)
-        size = [self.spec.size, self.spec.size]
-        view = vision.resized_crop(picture, *box, size=size, interpolation=_mode(self.spec), antialias=True)
+        size, mode = self.spec.size, _mode(self.spec)
+        if isinstance(picture, JpegPicture):
+            view = picture.resized_crop(*box, size, mode, self.decoder)
+        else:
+            view = vision.resized_crop(picture, *box, size=[size, size], interpolation=mode, antialias=True)
         # Drawn even when flips are off, so that switching them on changes no crop.
         flip = stream.random() < 0.5
         return view.flip(-1) if self.horizontal_flip and flip else view

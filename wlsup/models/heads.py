@@ -43,8 +43,3 @@ class ContrastiveHead(nn.Module):
     def embed_captions(self, pooled: Tensor) -> Tensor:
         """(B, text_width) -> (B, width), of unit length, in fp32."""
         return nn.functional.normalize(self.text(pooled).float(), dim=-1)
-
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Keep the scale in [1, 100], after each step, as CLIP does."""
-        self.logit_scale.clamp_(0.0, math.log(100.0))

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -138,6 +139,8 @@ def write_folder(folder: str | Path, tensors: Mapping[str, Tensor], config: Mapp
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
             save_file(plain, Path(scratch, "model.safetensors"), metadata={"format": "pt"})
             Path(scratch, "config.json").write_text(text, encoding="utf-8")
+            # safetensors makes files that only their owner may read; a shared or packaged folder needs the usual mode.
+            shutil.copymode(Path(scratch, "config.json"), Path(scratch, "model.safetensors"))
             for name in ("model.safetensors", "config.json"):
                 with Path(scratch, name).open("rb+") as file:
                     os.fsync(file.fileno())

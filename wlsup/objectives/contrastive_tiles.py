@@ -133,7 +133,7 @@ def info_nce_strip(strip: Strip, ranks: Ranks, need: Needs) -> StripResult:
     """Return sum_i [logsumexp_j s_ij + logsumexp_j s_ji - 2 s_ii] over this rank's i, and gradients.
 
     The first pass over the tiles finds the normalisers of rows and columns, the second recomputes the tiles for the
-    gradients: G_ij = exp(s_ij - row_i) + exp(s_ij - column_j) - 2 [i = j]. Negatives are summed apart from the positive.
+    gradients: G_ij = exp(s_ij - row_i) + exp(s_ij - column_j) - 2 [i = j]. Negatives are summed without the positive.
     With n_i = logsumexp_{j != i} s_ij, a row's loss is softplus(n_i - s_ii), and its part of G_ii -sigmoid(n_i - s_ii):
     late in training, where the positive's probability rounds to 1, the difference from 1 would be rounding error only.
     """
