@@ -4,6 +4,7 @@ import re
 import time
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,7 +142,11 @@ def results(tmp_path_factory):
     @cache
     def of(world):
         folder = tmp_path_factory.mktemp(f"world-{world}")
-        context = mp.spawn(work, (world, str(folder)), nprocs=world, join=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(
+                Path(__file__).parents[2]
+            )  # where the processes find this module, under its full name
+            context = mp.spawn(work, (world, str(folder)), nprocs=world, join=False)
         deadline = time.monotonic() + TIMEOUT
         try:
             while not context.join(timeout=1):

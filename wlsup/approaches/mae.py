@@ -63,7 +63,7 @@ class MAEPretraining(Approach):
 
     def losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Masked reconstruction."""
-        output = self.mae(batch.images, mask_ratio=self.mask_ratio)
+        output = self.mae(batch.images, mask_ratio=self.mask_ratio, predict_kept=False)
         loss = reconstruction_loss(
             output.prediction, batch.images, output.mask, self.mae.patch_size, self.mae.normalize_pixels
         )

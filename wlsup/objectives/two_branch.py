@@ -102,7 +102,7 @@ def two_branch_losses(
     total = images.new_zeros((), dtype=torch.float32)
     if spec.reconstruction_weight:
         told = captions.drop(spec.caption_dropout)
-        output = mae(images, condition=told, mask_ratio=spec.mask_ratio)
+        output = mae(images, condition=told, mask_ratio=spec.mask_ratio, predict_kept=False)
         losses["reconstruction"] = reconstruction_loss(
             output.prediction, images, output.mask, mae.patch_size, mae.normalize_pixels
         )
