@@ -42,6 +42,15 @@ test: $(BIN)/.installed ## the fast tests
 test-all: $(BIN)/.installed ## every test but those of the extra `bolts`
 	$(BIN)/python -m pytest -m "not bolts"
 
+# lightning-bolts brings pytorch-lightning 1.9.5 and an old setuptools: it must not enter .venv
+$(VENV)-bolts/.installed: setup.cfg constraints-bolts.txt
+	$(PYTHON) -m venv $(VENV)-bolts
+	$(VENV)-bolts/bin/python -m pip install --quiet -e ".[bolts,test]" -c constraints-bolts.txt
+	@touch $@
+
+test-bolts: $(VENV)-bolts/.installed ## our schedule and LARS against lightning-bolts', in an environment of its own
+	$(VENV)-bolts/bin/python -m pytest tests/bolts
+
 lint: $(BIN)/.installed ## ruff, check and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +60,4 @@ dashboard: $(BIN)/.installed ## TensorBoard over runs/
 
 bench: $(BIN)/.installed ## the benchmarks, against the peers
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done

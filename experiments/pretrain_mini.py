@@ -21,10 +21,10 @@ import torch
 from mini_pretraining.language import make_language_model
 from mini_pretraining.text import make_text_encoder
 from mini_pretraining.tokens import make_tokenizer
-from mini_pretraining.vision import make_vision
+from mini_pretraining.vision import make_vision, measure
 
 PARTS = ("tokenizer", "text", "lm", "vision")
-STEPS = {"text": 900, "lm": 1200, "vision": 3000}
+STEPS = {"text": 900, "lm": 1200, "vision": 12000}
 _LIMIT = 8_000_000
 
 
@@ -65,8 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help=f"training steps of each part made, in place of {STEPS}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--measure", action="store_true", help="make nothing, measure the encoder's k-NN anew")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
+    if given.measure:
+        entry = json.loads((given.out / "RECIPE.json").read_text(encoding="utf-8"))["parts"]["vision"]
+        write_record(given.out, "vision", entry | {"knn": measure(given.out / "vision", given.seed)})
+        return 0
     tokenizer_folder = given.out / "tokenizer"
     for part in given.only or PARTS:
         steps = given.steps or STEPS.get(part, 0)

@@ -16,9 +16,9 @@ from wlsup.models.mae import DecoderSpec, MaskedAutoencoder, build_mae, save_mae
 from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
 from wlsup.objectives.reconstruction import reconstruction_loss
 
-__all__ = ["make_vision", "neighbour_accuracies"]
+__all__ = ["make_vision", "measure", "neighbour_accuracies"]
 
-ARCHITECTURE = "vit(img_size=64,patch_size=8,embed_dim=128,depth=6,num_heads=4,norm_eps=1e-6)"
+ARCHITECTURE = "vit(img_size=64,patch_size=8,embed_dim=96,depth=6,num_heads=4,norm_eps=1e-6)"
 SPEC = ImageSpec(size=64, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), resize=64)
 # Seeds far from those a user would take for pictures of the pretrain split.
 _PICTURE_SEED = 990_000
@@ -55,8 +55,17 @@ def neighbour_accuracies(encoder: VisionEncoder | None, names: tuple[str, ...] =
     return found
 
 
+def measure(folder: Path, seed: int) -> dict[str, dict[str, float]]:
+    """k-NN of the encoder as it lies in ``folder``, of the same one untrained, and of raw pixels."""
+    return {
+        "pretrained": neighbour_accuracies(build_vision(VisionSpec(weights=str(folder)))),
+        "random_encoder": neighbour_accuracies(new_autoencoder(seed).encoder),
+        "raw_pixels": neighbour_accuracies(None),
+    }
+
+
 def make_vision(
-    folder: Path, *, steps: int, seed: int, batch: int = 64, peak: float = 1.2e-3, mask_ratio: float = 0.75
+    folder: Path, *, steps: int, seed: int, batch: int = 32, peak: float = 1e-3, mask_ratio: float = 0.75
 ) -> dict[str, object]:
     """Pretrain the autoencoder on pictures that it sees once each, and write it to ``folder`` for `build_mae`."""
     mae = new_autoencoder(seed)
@@ -80,12 +89,7 @@ def make_vision(
             save_mae(mae, folder, torch.float16)
             print(f"vision  k-NN {neighbour_accuracies(mae.encoder)}", flush=True)
     save_mae(mae, folder, torch.float16)
-    shipped = build_vision(VisionSpec(weights=str(folder)))
-    knn = {
-        "pretrained": neighbour_accuracies(shipped),
-        "random_encoder": random_encoder,
-        "raw_pixels": neighbour_accuracies(None),
-    }
+    knn = measure(folder, seed)
     print(f"vision  k-NN {knn}", flush=True)
     return {
         "recipe": "MAE on plain scenes, each seen once; no augmentation, no labels, no captions",

@@ -40,14 +40,15 @@ def cifar(folder, label, files, meta):
     content = {
         f"{folder}/{name}": pickle.dumps(
             {
-                b"data": random.integers(0, 256, (4, 3072), dtype=np.uint8),
+                "data": random.integers(0, 256, (4, 3072), dtype=np.uint8),
                 label: [0, 1, 2, 3],
-                b"filenames": [f"{name}_{i}.png".encode() for i in range(4)],
-            }
+                "filenames": [f"{name}_{i}.png" for i in range(4)],
+            },
+            protocol=2,
         )
         for name in files
     }
-    content[f"{folder}/{meta[0]}"] = pickle.dumps(meta[1])
+    content[f"{folder}/{meta[0]}"] = pickle.dumps(meta[1], protocol=2)
     return tar_gz(content)
 
 
@@ -81,15 +82,15 @@ def published():
     return {
         "cifar-10-python.tar.gz": cifar(
             "cifar-10-batches-py",
-            b"labels",
+            "labels",
             [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
-            ("batches.meta", {b"label_names": [name.encode() for name in classes]}),
+            ("batches.meta", {"label_names": classes}),
         ),
         "cifar-100-python.tar.gz": cifar(
             "cifar-100-python",
-            b"fine_labels",
+            "fine_labels",
             ["train", "test"],
-            ("meta", {b"fine_label_names": [f"fine{i}".encode() for i in range(100)]}),
+            ("meta", {"fine_label_names": [f"fine{i}" for i in range(100)]}),
         ),
         "train_32x32.mat": mat(0),
         "test_32x32.mat": mat(1),
@@ -99,11 +100,11 @@ def published():
                 **{
                     f"dtd/images/{name}/{name}_{i:04d}.jpg": noise_jpeg(i)
                     for name in ("banded", "woven")
-                    for i in (1, 2)
+                    for i in (1, 2, 3)
                 },
                 **{
                     f"dtd/labels/{part}1.txt": f"banded/banded_{i:04d}.jpg\nwoven/woven_{i:04d}.jpg\n".encode()
-                    for part, i in (("train", 1), ("val", 1), ("test", 2))
+                    for part, i in (("train", 1), ("val", 2), ("test", 3))
                 },
                 "dtd/imdb/imdb.mat": b"matlab",
             }

@@ -10,6 +10,7 @@ from wlsup.errors import WlsupError
 
 
 def test_a_new_source_joins_by_one_decorator_and_its_keywords_are_its_options(monkeypatch):
+    sources.source_names()  # the others register first: what they register now would be undone
     monkeypatch.setattr(sources, "_BUILDERS", dict(sources._BUILDERS))
 
     @register("mine")

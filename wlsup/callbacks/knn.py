@@ -70,6 +70,7 @@ def evaluate_knn(
     for part in parts:
         for reason in part.skipped:
             logger.warning("%s: left out %s", eval_set.name, reason)
+    k = min(k, len(bank.labels))  # a bank smaller than the headline k votes whole
     return knn_accuracy(bank, queries, k=k, ks=ks, temperature=temperature, num_classes=len(eval_set.class_names))
 
 
@@ -182,14 +183,14 @@ class KNN(Callback):
     def _entry(
         self, eval_set: EvalSet, accuracy: dict[int, float], correct: Tensor, result: KNNResult
     ) -> dict[str, Any]:
-        k = self._k(result.accuracy)
+        k = result.k
         delta, low, high = paired_bootstrap(correct, result.correct, resamples=self.bootstrap_resamples)
         return {
             "domain": eval_set.domain,
             "k": k,
             "temperature": self.temperature,
-            "train": len(eval_set.train),
-            "test": len(eval_set.test),
+            "train": result.train,
+            "test": result.test,
             "pretrained": accuracy[k],
             "finetuned": result.accuracy[k],
             "delta": delta,

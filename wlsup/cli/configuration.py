@@ -8,6 +8,8 @@ import re
 import sys
 import time
 from argparse import ArgumentError
+from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,8 @@ def train(cli: WlsupCLI) -> None:
     """Fit, resuming where asked; the run's log file receives what the terminal does."""
     if cli.config.resume:
         read_checkpoint(Path(cli.config.resume))
-    if cli.trainer.is_global_zero:
-        log_to_file(cli.run_dir / "run.log")
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.resume, weights_only=True)
+    log = log_to_file(cli.run_dir / "run.log") if cli.trainer.is_global_zero else nullcontext()
+    # Lightning before 2.6 has no such argument; the checkpoint has then been read safely once, above
+    safely = {"weights_only": True} if "weights_only" in signature(cli.trainer.fit).parameters else {}
+    with log:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.resume, **safely)

@@ -22,6 +22,7 @@ Data sets: what there is, getting them, packing them into tar shards, and lookin
   fetch NAME                    download, verify and unpack; again after an interruption: it goes on from there
   fetch cc3m --tsv FILE         the pictures of a TSV of captions and links, with a ledger of every row's outcome
   prepare NAME --out DIR        a source of captions as tar shards with an index
+  prepare shards --images DIR   the index of tar shards that exist
   check NAME                    read every sample; exit code 0: clean, 1: faults found
                                 NAME: table, folder, another source of captions, or an eval set
 
@@ -29,7 +30,7 @@ Data sets: what there is, getting them, packing them into tar shards, and lookin
   --json                        machine-readable, complete
 
 fetch
-  --connections N               at once, over all files (4; 16 for cc3m)
+  --connections N               at once, over all files (4; 64 for cc3m)
   --mirror URL                  a folder that holds the same files; the checksums still hold
   --keep-archives               keep the archives once they are unpacked
   --timeout S, --retries N      seconds without a byte until a connection counts as stalled; tries that bring nothing
@@ -51,7 +52,6 @@ check
   --min-side N, --max-words N   what is tiny, and what is overlong (16 pixels, 256 words)
 """
 
-_SHOWN = 20
 _RETRIED = ("timeout", "throttled", "server-error", "unreachable", "broken")
 
 
@@ -81,7 +81,6 @@ def _add_list(parser: argparse.ArgumentParser) -> None:
 
 def _list(options: argparse.Namespace) -> int:
     from wlsup.data.catalog import CATALOG, data_root, entry_status
-    from wlsup.data.progress import human_bytes
 
     root = data_root(options.root)
     found = [entry_status(entry, root) for entry in CATALOG.values()]
@@ -108,19 +107,9 @@ def _list(options: argparse.Namespace) -> int:
         ]
         print(json.dumps({"root": str(root), "sets": shown}, indent=2))
         return 0
-    from rich.console import Console
-    from rich.table import Table
+    from wlsup.cli.data_tables import show_list
 
-    table = Table(title=f"Data sets in {root}", title_justify="left")
-    for column in ("name", "what", "domain", "state", "download", "missing or note"):
-        table.add_column(column, justify="right" if column == "download" else "left", overflow="fold")
-    for status in found:
-        entry = status.entry
-        size = human_bytes(entry.download_bytes) if entry.download_bytes else ("?" if entry.files else "by hand")
-        note = entry.licence if status.state == "complete" else ", ".join(status.missing)
-        table.add_row(entry.name, entry.title, entry.domain or "-", status.state, size, note)
-    Console().print(table)
-    print("Get one: wlsup data fetch NAME. Already have it? Copy or link it so that the missing paths are there.")
+    show_list(root, found)
     return 0
 
 
@@ -177,7 +166,9 @@ def _fetch(options: argparse.Namespace) -> int:
         return 0
     print(f"{entry.name} is complete in {report.folder}. {entry.licence}")
     if report.left_out:
-        print(f"Not unpacked: {'; '.join(report.left_out[:_SHOWN])}")
+        from wlsup.cli.data_tables import SHOWN, plain
+
+        print(f"Not unpacked: {plain('; '.join(report.left_out[:SHOWN]))}")
     return 0
 
 
@@ -191,6 +182,8 @@ def _fetch_links(options: argparse.Namespace, folder: Path) -> int:
     tsv = Path(options.tsv) if options.tsv else next(iter(sorted(folder.glob("*.tsv"))), None)
     if tsv is None:
         raise WlsupError(f"fetch cc3m needs --tsv FILE, or a .tsv in {folder}. {catalog_entry('cc3m').by_hand}")
+    if not tsv.is_file():
+        raise WlsupError(f"--tsv {tsv}: no such file. Give the published TSV of captions and links.")
     again: list[str] = []
     for what in filter(None, options.retry.split(",")):
         again += _RETRIED if what == "failed" else [choose("outcome in --retry", what, (*FAILURES, "failed"))]
@@ -220,30 +213,12 @@ def _fetch_links(options: argparse.Namespace, folder: Path) -> int:
     if options.json:
         print(json.dumps({**account, "interrupted": bool(code)}, indent=2))
     else:
-        _show_account(account)
+        from wlsup.cli.data_tables import show_account
+
+        show_account(account)
         if code:
             print("Interrupted; the same command goes on from here.")
     return code
-
-
-def _show_account(account: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from wlsup.data.progress import human_bytes
-
-    table = Table(title=f"{account['rows']:,} rows of {account['tsv']}", title_justify="left")
-    table.add_column("outcome")
-    table.add_column("rows", justify="right")
-    table.add_column("%", justify="right")
-    table.add_column("most often", overflow="fold")
-    for outcome, rows in account["outcomes"].items():
-        reasons = "; ".join(f"{detail} ({count:,})" for detail, count in account["reasons"].get(outcome, {}).items())
-        table.add_row(outcome, f"{rows:,}", f"{100 * rows / max(account['rows'], 1):.1f}", reasons)
-    Console().print(table)
-    print(f"{human_bytes(account['bytes'])} in {account['images']}; {account['attempts']:,} requests.")
-    if account["repeated_pictures"]:
-        print(f"{account['repeated_pictures']:,} pictures are byte for byte another link's: placeholders, as a rule.")
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -270,7 +245,7 @@ def _source_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out")
     parser.add_argument("--shard-size", type=int)
 
 
@@ -280,7 +255,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
     report = prepare(
         options.name,
-        Path(options.out),
+        Path(options.out) if options.out else None,
         root=data_root(options.root),
         captions=options.captions,
         images=options.images,
@@ -292,7 +267,9 @@ def _prepare(options: argparse.Namespace) -> int:
     else:
         print(f"{report['samples']:,} pairs in {report['shards']} shards in {report['out']}.")
         if report["skipped"]:
-            first = "; ".join(f"{key} ({why})" for key, why in list(report["skipped"].items())[:5])
+            from wlsup.cli.data_tables import plain
+
+            first = "; ".join(f"{plain(key)} ({plain(why)})" for key, why in list(report["skipped"].items())[:5])
             print(f"Left out: {len(report['skipped']):,} ({first})")
     return 0
 
@@ -320,45 +297,10 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report.to_json(), indent=2))
     else:
-        _show_check(report)
+        from wlsup.cli.data_tables import show_check
+
+        show_check(report)
     return 1 if report.faults else 0
-
-
-def _show_check(report: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from wlsup.data.check import FAULTS
-
-    console = Console()
-    if report.faults:
-        counts = report.counts
-        table = Table(title=f"{len(report.faults):,} faults in {report.source}", title_justify="left")
-        for column in ("fault", "count", "which", "detail"):
-            table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
-        for kind, count in counts.items():
-            listed = [fault for fault in report.faults if fault.kind == kind]
-            for position, fault in enumerate(listed[:_SHOWN]):
-                first = position == 0
-                table.add_row(kind if first else "", f"{count:,}" if first else "", fault.name, fault.detail)
-            if count > _SHOWN:
-                table.add_row("", "", f"... and {count - _SHOWN:,} more", "all of them: --json")
-        console.print(table)
-        for kind in counts:
-            console.print(f"{kind}: {FAULTS[kind]}", highlight=False)
-    else:
-        print(f"No fault in {report.source}.")
-    print(f"{report.pictures:,} pictures, {report.captions:,} captions.")
-    for trait, names in report.traits.items():
-        print(f"  {trait}: {len(names):,} (read correctly), such as {names[0]}")
-    words = report.caption_words
-    if words:
-        print(f"Words a caption: {words['min']} to {words['max']}, median {words['median']:g}, mean {words['mean']:g}")
-        most = max(words["histogram"].values())
-        for bin_name, count in words["histogram"].items():
-            print(f"  {bin_name:>7} {count:>9,} {'#' * round(40 * count / max(most, 1))}")
-    for note in report.notes:
-        print(note)
 
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {

@@ -75,8 +75,8 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
         result = evaluate_knn(module, eval_set, batch_size=options.batch_size, num_workers=options.workers)
         entries[eval_set.name] = {
             "domain": eval_set.domain,
-            "train": len(eval_set.train),
-            "test": len(eval_set.test),
+            "train": result.train,
+            "test": result.test,
             "accuracy": {str(k): accuracy for k, accuracy in result.accuracy.items()},
         }
     return entries

@@ -6,7 +6,10 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 __all__ = ["log_to_file", "log_to_terminal"]
 
@@ -26,14 +29,25 @@ _IDLE_WARNINGS = (
 )
 
 
+class _Terminal(logging.StreamHandler):
+    """Writes to whatever standard error is at the time: it may be captured or redirected after this was made."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: TextIO) -> None:
+        pass
+
+
 def log_to_terminal(quiet: bool = False) -> None:
     """Send the suite's lines to standard error, and keep the libraries to their warnings."""
     logger = logging.getLogger("wlsup")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not any(getattr(handler, "is_terminal", False) for handler in logger.handlers):
-        handler = logging.StreamHandler(sys.stderr)
-        handler.is_terminal = True
+    if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
+        handler = _Terminal()
         handler.setFormatter(logging.Formatter("%(message)s"))
         handler.setLevel(logging.WARNING if quiet else logging.INFO)
         if sys.stderr.isatty():
@@ -50,9 +64,15 @@ def log_to_terminal(quiet: bool = False) -> None:
         warnings.filterwarnings("ignore", pattern)
 
 
-def log_to_file(path: Path) -> None:
-    """Also write the suite's lines, with the time, to ``path``."""
+@contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Also write the suite's lines, with the time, to ``path`` for as long as the work lasts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("wlsup").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("wlsup").removeHandler(handler)
+        handler.close()

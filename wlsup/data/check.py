@@ -2,103 +2,69 @@
 
 from __future__ import annotations
 
-import statistics
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from wlsup.data.inspection import DecodedReader, FileReader, PictureReader, inspect_all
+from wlsup.data.check_report import CheckReport, Fault, count_words, finished
+from wlsup.data.evalsets import eval_set_names
+from wlsup.data.inspection import DecodedReader, FileReader, PictureReader, StoreFiles, inspect_all
+from wlsup.data.locate import FileBytes, source_paths
 from wlsup.data.progress import progress
-from wlsup.data.sources import CaptionSource, Pictures, PicturesPart, SourceRequest, StoredPictures, load_source
+from wlsup.data.sources import CaptionSource, SourceRequest, load_source, source_names
 from wlsup.data.stores import ImageStore, TarStore, clean_name, open_store
 from wlsup.data.table import CAPTION_COLUMNS, IMAGE_COLUMNS, resolve_prefix
 from wlsup.data.tabular import mend_text, read_table
-from wlsup.errors import WlsupError
+from wlsup.errors import WlsupError, choose
 
-__all__ = ["FAULTS", "CheckReport", "Fault", "check_folder", "check_source", "check_table"]
-
-FAULTS = {
-    "missing": "listed, but not there",
-    "refused": "a name or link that leads out of its place",
-    "unreadable": "the file cannot be read",
-    "zero-byte": "an empty file",
-    "truncated": "the file lacks its end",
-    "corrupt": "the file cannot be decoded",
-    "huge": "a decompression bomb: too many pixels, too elongated, or too large a file",
-    "tiny": "too few pixels to be a picture",
-    "duplicate": "byte for byte another picture, or the same row or name twice",
-    "captionless": "no caption",
-    "overlong": "a caption of very many words",
-    "not-utf-8": "bytes that are not valid text",
-    "count": "not as many samples as there should be",
-}
-"""Kinds of fault, and what each means."""
-
-_EDGES = (1, 3, 5, 8, 10, 15, 20, 30, 50, 100, 200)
+__all__ = ["check", "check_folder", "check_source", "check_table", "look_at"]
 
 
-@dataclass(frozen=True, order=True)
-class Fault:
-    """One thing wrong.
+def check(
+    name: str,
+    *,
+    root: Path,
+    captions: str | None = None,
+    images: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    workers: int = 0,
+    min_side: int = 16,
+    max_words: int = 256,
+) -> CheckReport:
+    """Check what ``name`` names: "folder", a source of captions, or an eval set.
 
     Args:
-        kind: one of `FAULTS`.
-        name: of the picture, or the row.
-        detail: one line.
+        name: which.
+        root: where fetched sets lie, for paths not given.
+        captions: as the source takes it.
+        images: likewise; of an eval set, its folder.
+        options: of the source.
+        workers: as `check_table`.
+        min_side: likewise.
+        max_words: likewise.
+
+    Raises:
+        WlsupError: if the name is unknown, or there is nothing to check.
     """
+    if name == "folder":
+        if images is None:
+            raise WlsupError("check folder needs --images DIR|TAR: the pictures.")
+        return check_folder(images, workers=workers, min_side=min_side)
+    source, captions, images = source_paths(name, captions, images, root)
+    looking = {"workers": workers, "min_side": min_side, "max_words": max_words}
+    if source == "table":
+        if captions is None:
+            raise WlsupError("check table needs --captions FILE: the table. For pictures alone: check folder.")
+        return check_table(captions, images, options=options, **looking)
+    if name in eval_set_names():
+        from wlsup.data.check_eval import check_eval_set
 
-    kind: str
-    name: str
-    detail: str = ""
-
-
-@dataclass
-class CheckReport:
-    """What a check found.
-
-    Args:
-        source: what was checked.
-        pictures: number of pictures looked at.
-        captions: number of captions.
-        bytes: of the pictures' files.
-        faults: everything wrong, sorted.
-        traits: names of pictures by oddity that is read correctly, such as "cmyk".
-        notes: further remarks.
-        caption_words: statistics and histogram of the captions' lengths in words.
-    """
-
-    source: str
-    pictures: int = 0
-    captions: int = 0
-    bytes: int = 0
-    faults: list[Fault] = field(default_factory=list)
-    traits: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    caption_words: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of faults by kind, in the order of `FAULTS`."""
-        counted = Counter(fault.kind for fault in self.faults)
-        return {kind: counted[kind] for kind in FAULTS if counted[kind]}
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "source": self.source,
-            "clean": not self.faults,
-            "pictures": self.pictures,
-            "captions": self.captions,
-            "bytes": self.bytes,
-            "faults": self.counts,
-            "faulty": [{"kind": fault.kind, "name": fault.name, "detail": fault.detail} for fault in self.faults],
-            "traits": self.traits,
-            "notes": self.notes,
-            "caption_words": self.caption_words,
-        }
+        return check_eval_set(name, root=root, images=images, workers=workers, min_side=min_side)
+    choose("source of captions or eval set", source, ("folder", *source_names(), *eval_set_names()))
+    request = SourceRequest(captions=captions, images=images, max_bad_fraction=1.0)
+    return check_source(source, request, options=options, **looking)
 
 
 def check_table(
@@ -153,13 +119,13 @@ def check_table(
     prefix = options.get("image_prefix")
     prefix = resolve_prefix(store, list(captions_of)) if prefix is None else prefix
     keys = list(captions_of)
-    _look_at(report, FileReader(store, [prefix + key for key in keys], keys), workers, min_side)
+    look_at(report, FileReader(StoreFiles(store, [prefix + key for key in keys]), keys), workers, min_side)
     _look_at_archive(report, store)
     _measure(report, captions_of, max_words)
     unlisted = len(set(store.names()).difference(prefix + key for key in keys))
     if unlisted:
         report.notes.append(f"{unlisted:,} pictures in {store.path} are in no row of {table.path.name}")
-    return _finished(report)
+    return finished(report)
 
 
 def check_source(
@@ -188,9 +154,9 @@ def check_source(
         for key, why in part.dropped.items():
             report.faults.append(Fault(_kind_of(why), key, why))
         report.notes += part.notes
-        _look_at(report, _reader(part), workers, min_side)
+        look_at(report, _reader(part), workers, min_side)
         _measure(report, dict(zip(part.keys, part.captions, strict=True)), max_words)
-    return _finished(report)
+    return finished(report)
 
 
 def check_folder(images: str, *, workers: int = 0, min_side: int = 16) -> CheckReport:
@@ -200,9 +166,9 @@ def check_folder(images: str, *, workers: int = 0, min_side: int = 16) -> CheckR
     if not names:
         raise WlsupError(f"images: there is no picture in {images}. Give a folder or tar that holds some.")
     report = CheckReport("folder")
-    _look_at(report, FileReader(store, names, names), workers, min_side)
+    look_at(report, FileReader(StoreFiles(store, names), names), workers, min_side)
     _look_at_archive(report, store)
-    return _finished(report)
+    return finished(report)
 
 
 def _listed(cell: object) -> Sequence[object]:
@@ -210,25 +176,28 @@ def _listed(cell: object) -> Sequence[object]:
 
 
 def _kind_of(why: str) -> str:
-    if "caption" in why:
+    if why.startswith("no caption"):
         return "captionless"
     return "refused" if why.startswith("refused") else "missing"
 
 
 def _reader(source: CaptionSource) -> PictureReader:
     """Look at files where the source has files, and at decoded pictures where it has none."""
-    pictures: Pictures = source.pictures
-    indices: Sequence[int] = range(len(source.keys))
-    while isinstance(pictures, PicturesPart):
-        indices = [pictures.indices[index] for index in indices]
-        pictures = pictures.whole
-    if isinstance(pictures, StoredPictures):
-        return FileReader(pictures.store, [pictures.names[index] for index in indices], source.keys)
+    files = FileBytes(source)
+    if files.available:
+        return FileReader(files, source.keys)
     return DecodedReader(source.pictures, source.keys)
 
 
-def _look_at(report: CheckReport, reader: PictureReader, workers: int, min_side: int) -> None:
-    """Inspect pictures and add what is found; of pictures with the same bytes all but the first by name are named."""
+def look_at(report: CheckReport, reader: PictureReader, workers: int, min_side: int) -> None:
+    """Inspect pictures and add what is found to ``report``.
+
+    Args:
+        report: extended.
+        reader: the pictures.
+        workers: processes.
+        min_side: in pixels.
+    """
     same: dict[str, list[str]] = {}
     with progress(f"check {report.source}", unit="pictures") as show:
         for facts in inspect_all(reader, workers=workers, min_side=min_side, report=show):
@@ -240,17 +209,18 @@ def _look_at(report: CheckReport, reader: PictureReader, workers: int, min_side:
                 same.setdefault(facts.digest, []).append(facts.name)
             for trait in facts.traits:
                 report.traits.setdefault(trait, []).append(facts.name)
-    for names in same.values():
+    for names in same.values():  # of pictures with the same bytes, all but the first by name
         first, *others = sorted(names)
         report.faults += [Fault("duplicate", name, f"byte for byte {first}") for name in others]
 
 
 def _look_at_archive(report: CheckReport, store: ImageStore) -> None:
-    """Name the members of a tar that are refused, and those whose name a later one takes over."""
+    """Name the members of an archive that are refused, and of a tar those whose name a later one takes over."""
+    known = {fault.name for fault in report.faults if fault.kind == "refused"}
+    refused: Mapping[str, str] = getattr(store, "refused", {})
+    report.faults += [Fault("refused", name, why) for name, why in refused.items() if name not in known]
     if not isinstance(store, TarStore):
         return
-    known = {fault.name for fault in report.faults if fault.kind == "refused"}
-    report.faults += [Fault("refused", name, why) for name, why in store.refused.items() if name not in known]
     with tarfile.open(store.path, "r:") as archive:
         counted = Counter(clean_name(member.name) for member in archive if member.isreg())
     report.faults += [
@@ -268,30 +238,4 @@ def _measure(report: CheckReport, captions_of: Mapping[str, Sequence[str]], max_
             if lengths[-1] > max_words:
                 report.faults.append(Fault("overlong", key, f"a caption of {lengths[-1]:,} words"))
     report.captions += len(lengths)
-    report.caption_words = _lengths([*report.caption_words.get("lengths", ()), *lengths])
-
-
-def _lengths(lengths: Sequence[int]) -> dict[str, Any]:
-    """Return statistics and the histogram of lengths in words."""
-    if not lengths:
-        return {}
-    histogram = {
-        (f"{low}" if high - low == 1 else f"{low}-{high - 1}"): sum(low <= length < high for length in lengths)
-        for low, high in pairwise(_EDGES)
-    }
-    histogram[f">={_EDGES[-1]}"] = sum(length >= _EDGES[-1] for length in lengths)
-    return {
-        "lengths": list(lengths),
-        "min": min(lengths),
-        "median": statistics.median(lengths),
-        "mean": round(statistics.fmean(lengths), 2),
-        "max": max(lengths),
-        "histogram": histogram,
-    }
-
-
-def _finished(report: CheckReport) -> CheckReport:
-    report.faults.sort()
-    report.traits = {trait: sorted(names) for trait, names in sorted(report.traits.items())}
-    report.caption_words.pop("lengths", None)
-    return report
+    report.caption_words = count_words([*report.caption_words.get("lengths", ()), *lengths])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -10,6 +12,7 @@ import lightning
 from wlsup.batch import CaptionBatch, EvalSet, ImageBatch, ImageSpec
 from wlsup.data.badness import BadSampleCounter
 from wlsup.data.dataset import CaptionDataset, PictureDataset
+from wlsup.data.decoders import check_decoder
 from wlsup.data.evalsets import EvalSetSpec, build_eval_set
 from wlsup.data.loader import BatchLoader, make_loader
 from wlsup.data.sampler import EpochSampler
@@ -22,7 +25,7 @@ from wlsup.data.sources import (
     load_source,
 )
 from wlsup.data.stores import JoinedStore, open_store
-from wlsup.data.subset import manifest_sha256, split_by_hash
+from wlsup.data.subset import manifest_sha256, read_manifest, split_by_hash, split_positions, write_manifest
 from wlsup.data.transforms import EvalTransform, TrainTransform
 from wlsup.errors import WlsupError
 
@@ -84,11 +87,23 @@ class _KeyedDataModule(lightning.LightningDataModule):
             )
         return self.image_spec
 
-    def _train_loader(self, dataset: PictureDataset) -> BatchLoader:
+    def _train_loader(self, dataset: PictureDataset, shuffle_window: int | None = None) -> BatchLoader:
+        groups = getattr(dataset.pictures, "groups", None)
+        if shuffle_window is not None and groups is None:
+            raise WlsupError(
+                f"shuffle_window={shuffle_window} shuffles by shards, and this source's pictures lie in none. Leave it "
+                "unset, or make shards with `wlsup data prepare`."
+            )
         rank = self.trainer.global_rank if self.trainer is not None else 0
         world_size = self.trainer.world_size if self.trainer is not None else 1
         sampler = EpochSampler(
-            len(dataset), batch_size=self.batch_size, seed=self.seed, rank=rank, world_size=world_size
+            len(dataset),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            groups=groups,
+            shuffle_window=shuffle_window,
         )
         if not len(sampler):
             raise WlsupError(
@@ -111,10 +126,13 @@ class CaptionDataModule(_KeyedDataModule):
     by (seed, epoch, key): nothing depends on the number of workers, and a resumed run sees what it would have seen.
 
     Args:
-        source: name of a source ("mini", "table").
+        source: name of a source: "mini", "table", "coco", "conceptual_captions", "imagenet_captions",
+            "imagenet_class_names" or "shards".
         captions: path of the captions, for sources that read files.
-        images: folder or tar of the pictures, likewise.
+        images: folder, tar or zip of the pictures, likewise; for shards their folder.
         pairs: number of training images; None for all that are not held out.
+        manifest: file of keys, as a run saves them, that are to be the training images again, whatever ``pairs``
+            says; keys that the source no longer has count as bad.
         validation_pairs: number of images held out for retrieval.
         batch_size: of one process.
         num_workers: processes that read pictures; 0 reads in the main one.
@@ -124,6 +142,11 @@ class CaptionDataModule(_KeyedDataModule):
         eval_sets: names of known sets, or descriptions of one's own; None for the four mini sets.
         max_bad_fraction: stop when more than this fraction of the images cannot be had or read.
         source_options: the source's own settings.
+        root: folder of the published evaluation sets; None for the environment variable WLSUP_DATA, or ``data``.
+        decoder: what decodes JPEGs in training: "auto" for the fastest that is installed, which decodes at half the
+            size or less where a crop is shrunk anyway; "pil" for the exact crop. Evaluation is always exact.
+        shuffle_window: number of shards shuffled together, for file systems that serve long reads better than random
+            ones; None to shuffle all samples as one.
 
     Attributes:
         image_spec: set it, or attach a trainer whose module has one.
@@ -147,9 +170,19 @@ class CaptionDataModule(_KeyedDataModule):
         eval_sets: list[str | EvalSetSpec] | None = None,
         max_bad_fraction: float = 0.05,
         source_options: dict[str, Any] | None = None,
+        manifest: str | None = None,
+        root: str | None = None,
+        decoder: str = "auto",
+        shuffle_window: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, max_bad_fraction)
+        if shuffle_window is not None and shuffle_window < 1:
+            raise WlsupError(f"shuffle_window={shuffle_window}: give a number of shards >= 1, or leave it unset.")
         self.source = source
+        self.manifest_file = manifest
+        self.root = root
+        self.decoder = check_decoder(decoder)
+        self.shuffle_window = shuffle_window
         self.request = SourceRequest(captions, images, pairs, validation_pairs, max_bad_fraction)
         self.crop_scale = crop_scale
         self.horizontal_flip = horizontal_flip
@@ -167,37 +200,50 @@ class CaptionDataModule(_KeyedDataModule):
         """
         if self._train is not None:
             return
-        source = load_source(self.source, self.request, self.source_options)
+        fixed = None if self.manifest_file is None else read_manifest(self.manifest_file)
+        source = load_source(self.source, self._request(fixed), self.source_options)
         for note in source.notes:
             _log.warning("source %s: %s", source.name, note)
-        self.bad.admit(source.dropped, listed=len(source.keys) + len(source.dropped))
+        if fixed is not None:
+            self._check_manifest(source, fixed)
+            # Only the manifest's own keys count: what else the source has lost since changes nothing.
+            lost = sorted(set(fixed).difference(source.keys))
+            dropped = {key: source.dropped.get(key, "in the manifest, but not in the source") for key in lost}
+            self.bad.admit(dropped, listed=len(fixed))
+        else:
+            self.bad.admit(source.dropped, listed=len(source.keys) + len(source.dropped))
         held_out = 0 if source.validation is not None else self.request.validation_pairs
-        train, validation = split_by_hash(source.keys, self.request.pairs, held_out)
-        self._validation = source.validation if source.validation is not None else source.select(validation)
-        self._train = source.select(train)
+        train, validation = split_positions(source.keys, self.request.pairs, held_out, fixed=fixed)
+        self._validation = source.validation if source.validation is not None else source.take(validation)
+        self._train = source.take(train)
         self._expect(len(self._train.keys), len(self._validation.keys))
 
     @property
     def manifest(self) -> list[str]:
         """The keys of the training pairs, sorted."""
-        return self._ready().keys
+        return list(self._ready().keys)
 
     @property
     def manifest_sha256(self) -> str:
         """SHA-256 of the manifest, one key a line: the same pairs give the same on every machine."""
         return manifest_sha256(self.manifest)
 
+    def write_manifest(self, path: str | Path) -> str:
+        """Write the manifest, for ``manifest`` to replay, and return its SHA-256, which `sha256sum` also prints."""
+        return write_manifest(path, self.manifest)
+
     @property
     def pairs(self) -> int:
         """Number of training images, each with one caption an epoch."""
-        return len(self.manifest)
+        return len(self._ready().keys)
 
     def train_dataloader(self) -> BatchLoader:
         """Return the loader of training batches (`CaptionBatch`), shuffled by (seed, epoch), whole batches only."""
         source, spec = self._ready(), self._spec()
-        transform = TrainTransform(spec, tuple(self.crop_scale), self.horizontal_flip)
+        transform = TrainTransform(spec, tuple(self.crop_scale), self.horizontal_flip, decoder=self.decoder)
         return self._train_loader(
-            CaptionDataset(source.keys, source.captions, source.pictures, transform, spec, self.seed)
+            CaptionDataset(source.keys, source.captions, source.pictures, transform, spec, self.seed),
+            self.shuffle_window,
         )
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
@@ -214,8 +260,24 @@ class CaptionDataModule(_KeyedDataModule):
         """Return the labelled sets, built once."""
         spec = self._spec()
         if self._evals is None or self._evals[0] != spec:
-            self._evals = spec, [build_eval_set(entry, spec) for entry in self.eval_sets]
+            self._evals = spec, [build_eval_set(entry, spec, self.root) for entry in self.eval_sets]
         return self._evals[1]
+
+    def _request(self, fixed: list[str] | None) -> SourceRequest:
+        """Return what to ask the source for: sources that make their pairs must make as many as a manifest holds."""
+        if fixed is None or self.request.pairs is None:
+            return self.request
+        return replace(self.request, pairs=max(self.request.pairs, len(fixed)))
+
+    def _check_manifest(self, source: CaptionSource, fixed: list[str]) -> None:
+        """Hold what the source lacks of a manifest against the manifest, not against the far larger source."""
+        lost = set(fixed).difference(source.keys)
+        if len(lost) > self.bad.max_bad_fraction * len(fixed):
+            raise WlsupError(
+                f"{len(lost)} of {len(fixed)} keys of {self.manifest_file} are not in source {source.name!r}, such as "
+                f"{min(lost)!r}, more than max_bad_fraction={self.bad.max_bad_fraction:g} allows. Give the run's own "
+                "captions and images."
+            )
 
     def _ready(self) -> CaptionSource:
         if self._train is None:

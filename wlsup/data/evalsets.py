@@ -1,4 +1,4 @@
-"""Labelled sets to judge an encoder by: the mini sets by name, one's own by a description."""
+"""Labelled sets to judge an encoder by: generated and published ones by name, one's own by a description."""
 
 from __future__ import annotations
 
@@ -27,28 +27,34 @@ _TEST_NAMES = ("test", "val", "validation")
 
 @dataclass
 class EvalSetSpec:
-    """A labelled set of one's own.
+    """A labelled set of one's own, or a published one with settings of one's own.
 
     Args:
         name: as tables and results.json show it.
-        images: folder or tar of the pictures.
+        images: folder, tar or zip of the pictures; of a published set the folder it lies in, None to look under the
+            data module's ``root``.
         kind: "imagefolder" for ``train/<class>/*.jpg`` and ``test/<class>/*.jpg`` (or ``val``) in ``images``; "table"
-            for a file that names each picture's split and label.
+            for a file that names each picture's split and label; or a published set: "cifar10", "cifar100", "svhn",
+            "eurosat", "dtd", "imagenet". None for the published set of that name if no labels
+            are given, or else "table".
         labels: for "table": a CSV (TSV, JSON lines) with the columns file, split, label and, optionally, class.
         train: name of the split that becomes the bank.
         test: name of the split that becomes the queries; None for the first of test, val, validation that is there.
-        domain: "in" or "out", relative to what the encoder was pretrained on.
+        domain: "in" or "out", relative to what the encoder was pretrained on; None for a published set's own (relative
+            to ImageNet), or else "out".
+        partition: of DTD, 1 to 10.
         max_bad_fraction: highest tolerated fraction of pictures that the table lists and nobody has.
     """
 
     name: str
-    images: str
-    kind: Literal["imagefolder", "table"] = "table"
+    images: str | None = None
+    kind: Literal["imagefolder", "table", "cifar10", "cifar100", "svhn", "eurosat", "dtd", "imagenet"] | None = None
     labels: str | None = None
     train: str = "train"
     test: str | None = None
-    domain: Domain = "out"
+    domain: Domain | None = None
     max_bad_fraction: float = 0.05
+    partition: int = 1
 
 
 class LabelledPictures(Dataset):
@@ -98,45 +104,54 @@ def register_eval_set(name: str) -> Callable[[_Builder], _Builder]:
 
 
 def eval_set_names() -> list[str]:
-    """Return the names `build_eval_set` knows."""
+    """Return the names `build_eval_set` knows: generated sets, then published ones."""
     # Imported on use: the generators are not needed by those who judge on their own files.
     from wlsup.data.mini import MINI_EVAL_SETS, mini_eval_set
+    from wlsup.data.published import PUBLISHED
 
     for name in MINI_EVAL_SETS:
         _BUILDERS.setdefault(name, mini_eval_set)
-    return list(_BUILDERS)
+    return [*_BUILDERS, *PUBLISHED]
 
 
-def build_eval_set(entry: str | EvalSetSpec, spec: ImageSpec) -> EvalSet:
+def build_eval_set(entry: str | EvalSetSpec, spec: ImageSpec, root: str | None = None) -> EvalSet:
     """Build an evaluation set.
 
     Args:
         entry: one of `eval_set_names`, or a description of one's own set.
         spec: the encoder's `ImageSpec`.
+        root: folder the published sets lie in; None for WLSUP_DATA, or ``data``.
 
     Raises:
         WlsupError: if the name is unknown, a file or column is missing, or labels do not make sense.
     """
+    from wlsup.data.published import PUBLISHED, published_eval_set  # on use: it is built on this module
+
     if isinstance(entry, EvalSetSpec):
-        return _own_set(entry, spec)
+        kind = entry.kind or ("table" if entry.labels or entry.name not in PUBLISHED else entry.name)
+        choose("kind of eval set", kind, ("imagefolder", "table", *PUBLISHED))
+        choose("domain", "out" if entry.domain is None else entry.domain, ("in", "out"))
+        return published_eval_set(kind, entry, spec, root) if kind in PUBLISHED else _own_set(kind, entry, spec)
     name = choose(
         "eval set", entry, eval_set_names(), "For a set of your own give name, kind, images, labels and domain instead."
     )
+    if name in PUBLISHED:
+        return published_eval_set(name, EvalSetSpec(name), spec, root)
     return _BUILDERS[name](name, spec)
 
 
-def _own_set(entry: EvalSetSpec, spec: ImageSpec) -> EvalSet:
-    choose("kind of eval set", entry.kind, ("imagefolder", "table"))
-    choose("domain", entry.domain, ("in", "out"))
+def _own_set(kind: str, entry: EvalSetSpec, spec: ImageSpec) -> EvalSet:
+    if entry.images is None:
+        raise WlsupError(f"Eval set {entry.name!r} of kind {kind!r} needs images: the folder, tar or zip of pictures.")
     store = open_store(entry.images, f"images of eval set {entry.name!r}")
-    rows, class_names = _from_folders(entry, store) if entry.kind == "imagefolder" else _from_table(entry, store)
+    rows, class_names = _from_folders(entry, store) if kind == "imagefolder" else _from_table(entry, store)
     test = _test_split(entry, {split for split, _, _ in rows})
     parts = {}
     for split in (entry.train, test):
         chosen = sorted((name, label) for part, name, label in rows if part == split)
         parts[split] = LabelledPictures(store, [name for name, _ in chosen], [label for _, label in chosen], spec)
     _check_classes(entry, parts[entry.train].labels, parts[test].labels, class_names)
-    return EvalSet(entry.name, entry.domain, parts[entry.train], parts[test], class_names)
+    return EvalSet(entry.name, entry.domain or "out", parts[entry.train], parts[test], class_names)
 
 
 def _test_split(entry: EvalSetSpec, found: set[str]) -> str:

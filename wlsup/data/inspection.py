@@ -19,7 +19,7 @@ from wlsup.data.images import MAX_ASPECT, MAX_PIXELS, UnreadableImage, decode_rg
 from wlsup.data.sources import Pictures
 from wlsup.data.stores import ImageStore
 
-__all__ = ["DecodedReader", "FileReader", "PictureFacts", "PictureReader", "inspect_all", "inspect_bytes"]
+__all__ = ["DecodedReader", "FileReader", "PictureFacts", "PictureReader", "StoreFiles", "inspect_all", "inspect_bytes"]
 
 _CHUNK = 32
 _ORIENTATION = 274
@@ -64,22 +64,53 @@ class PictureReader(Protocol):
         ...
 
 
+class PictureFiles(Protocol):
+    """Picture files by position; picklable."""
+
+    def read(self, index: int) -> bytes:
+        """Return the content of file ``index``; raise `UnreadableImage` saying why not."""
+        ...
+
+    def problem(self, index: int) -> str | None:
+        """Say why file ``index`` cannot be had at all, or None."""
+        ...
+
+
 @dataclass
-class FileReader:
-    """Picture files of a store.
+class StoreFiles:
+    """Files of a store.
 
     Args:
         store: where they lie.
         names: as the store knows them.
-        keys: as the report shall name them.
     """
 
     store: ImageStore
     names: Sequence[str]
+
+    def read(self, index: int) -> bytes:
+        """Return the content of file ``index``; Raises `UnreadableImage` saying why not."""
+        return self.store.read(self.names[index])
+
+    def problem(self, index: int) -> str | None:
+        """Say why file ``index`` cannot be had at all, or None."""
+        return self.store.problem(self.names[index])
+
+
+@dataclass
+class FileReader:
+    """Picture files, looked at one by one.
+
+    Args:
+        files: the files.
+        keys: as the report shall name them.
+    """
+
+    files: PictureFiles
     keys: Sequence[str]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.keys)
 
     def name(self, index: int) -> str:
         """Return the name of picture ``index``."""
@@ -87,11 +118,11 @@ class FileReader:
 
     def facts(self, index: int, min_side: int) -> PictureFacts:
         """Look at the file of picture ``index``."""
-        key, name = self.keys[index], self.names[index]
+        key = self.keys[index]
         try:
-            data = self.store.read(name)
+            data = self.files.read(index)
         except UnreadableImage as error:
-            problem = self.store.problem(name)
+            problem = self.files.problem(index)
             if problem is not None:
                 kind = "refused" if problem.startswith("refused") else "missing"
             else:
@@ -251,7 +282,7 @@ def _in_processes(
     yield from facts
     # One of a few chunks killed its process. One by one, to name the picture.
     suspects = [index for chunk in left[-3 * workers :] for index in chunk]
-    yield [_alone(reader, index, min_side) for index in suspects]
+    yield _one_by_one(reader, suspects, min_side)
     yield from _in_processes(reader, left[: -3 * workers], workers, min_side)
 
 
@@ -259,12 +290,16 @@ def _came_through(future: Future[list[PictureFacts]]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 
-def _alone(reader: PictureReader, index: int, min_side: int) -> PictureFacts:
-    with _pool(reader, 1) as pool:
-        try:
-            return pool.submit(_look, range(index, index + 1), min_side).result()[0]
-        except BrokenProcessPool:
-            return PictureFacts(reader.name(index), "corrupt", "crashes the decoder")
+def _one_by_one(reader: PictureReader, suspects: Sequence[int], min_side: int) -> list[PictureFacts]:
+    facts: list[PictureFacts] = []
+    while len(facts) < len(suspects):
+        with _pool(reader, 1) as pool:  # a new process after each that died
+            try:
+                for index in suspects[len(facts) :]:
+                    facts += pool.submit(_look, range(index, index + 1), min_side).result()
+            except BrokenProcessPool:
+                facts.append(PictureFacts(reader.name(suspects[len(facts)]), "corrupt", "crashes the decoder"))
+    return facts
 
 
 def _pool(reader: PictureReader, workers: int) -> ProcessPoolExecutor:

@@ -146,6 +146,7 @@ class Ledger:
             raise WlsupError(f"--tsv {tsv}: {error.strerror}. Give the published TSV of captions and links.") from error
         known = self._base.execute("SELECT value FROM facts WHERE name = 'tsv'").fetchone()
         if known is None or known[0] != digest.hexdigest():
+            self._base.execute("DELETE FROM facts")  # so that a reading that breaks off is begun again
             self._base.execute("DELETE FROM rows")
             self._base.execute("UPDATE links SET line = NULL")
             with open(tsv, encoding="utf-8", errors="replace", newline="\n") as lines:
@@ -235,7 +236,7 @@ class Ledger:
         outcomes = dict(
             ask(
                 "SELECT COALESCE(problem, outcome) AS what, COUNT(*) FROM rows LEFT JOIN links USING(name) "
-                "WHERE line <= ? GROUP BY what ORDER BY COUNT(*) DESC",
+                "WHERE rows.line <= ? GROUP BY what ORDER BY COUNT(*) DESC",
                 end,
             )
         )
@@ -273,8 +274,8 @@ class Ledger:
     def outcomes(self) -> Iterator[dict[str, object]]:
         """Yield every row: line, name, url, outcome, attempts, bytes, sha256, width, height, detail."""
         cursor = self._base.execute(
-            "SELECT line, name, url, COALESCE(problem, outcome) AS outcome, attempts, bytes, sha256, width, height, "
-            "detail FROM rows LEFT JOIN links USING(name) ORDER BY line"
+            "SELECT rows.line AS line, rows.name AS name, url, COALESCE(problem, outcome) AS outcome, attempts, bytes, "
+            "sha256, width, height, detail FROM rows LEFT JOIN links USING(name) ORDER BY rows.line"
         )
         names = [column[0] for column in cursor.description]
         for row in cursor:

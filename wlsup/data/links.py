@@ -23,9 +23,13 @@ from wlsup.errors import WlsupError
 __all__ = ["LINK_POLICY", "LinkOptions", "fetch_links"]
 
 LINK_POLICY = TransferPolicy(
-    timeout=15.0, retries=2, backoff=1.0, longest_wait=30.0, redirects=5, private_addresses=False
+    timeout=10.0, retries=2, backoff=1.0, longest_wait=30.0, redirects=5, private_addresses=False
 )
 """Less patient than for one large file: of three million links some hundred thousand lead nowhere."""
+
+_AGAIN_LATER = ("timeout", "unreachable")
+"""Not retried at once: a host that is silent now is so in a second, and the waiting adds up to days. A second run with
+these outcomes set back to pending is the retry."""
 
 _COMMIT_EVERY = 1.0
 _UNREACHABLE_HOSTS = 30
@@ -46,12 +50,12 @@ class LinkOptions:
         policy: time-outs and retries of one request.
     """
 
-    connections: int = 16
+    connections: int = 64
     per_host: int = 2
     max_bytes: int = 32 << 20
     max_pixels: int = MAX_PIXELS
     min_side: int = 16
-    deadline: float = 60.0
+    deadline: float = 30.0
     policy: TransferPolicy = LINK_POLICY
 
 
@@ -211,7 +215,7 @@ def _fetch_link(link: Link, folder: Path, options: LinkOptions, stop: threading.
         except TransferError as error:
             try:
                 pause = options.policy.delay(attempts, error)
-                if time.monotonic() + pause > deadline:
+                if error.kind in _AGAIN_LATER or time.monotonic() + pause > deadline:
                     raise error
             except TransferError as final:
                 return Outcome(link, _outcome_of(final), attempts, detail=final.detail)

@@ -111,12 +111,11 @@ def _digit_picture(draws: Draws, digit: NDArray[np.float32], beside: list[NDArra
         place = ink[top : top + side, start : start + side]
         np.maximum(place, _enlarge(picture, side), out=place)
     ink = np.clip(ink[:, SIDE : 2 * SIDE] * np.float32(1.4) - np.float32(0.15), 0, 1)
-    wall = np.array([draws.between(20, 235) for _ in range(3)], dtype=np.float32)
-    step = np.array([draws.between(-60, 60) for _ in range(3)], dtype=np.float32)
-    contrast = draws.between(60, 130)
-    step += contrast if float(wall[0] + wall[1] + wall[2]) < 382 else -contrast
-    light = (noise(draws, 2) - np.float32(0.5)) * np.float32(draws.between(10, 90))
-    grain = (draws.bytes(SIDE, SIDE) / np.float32(255) - np.float32(0.5)) * np.float32(draws.between(4, 30))
+    level, contrast = draws.between(170, 235), draws.between(60, 130)
+    wall = np.array([level + draws.between(-25, 25) for _ in range(3)], dtype=np.float32)
+    step = np.array([draws.between(-25, 25) - contrast for _ in range(3)], dtype=np.float32)
+    light = (noise(draws, 2) - np.float32(0.5)) * np.float32(draws.between(0, 50))
+    grain = (draws.bytes(SIDE, SIDE) / np.float32(255) - np.float32(0.5)) * np.float32(draws.between(2, 16))
     return finish(wall[:, None, None] + step[:, None, None] * ink + light + grain)
 
 

@@ -96,6 +96,10 @@ def _article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
+def _there_are(several: str) -> str:
+    return f"there is {several}" if several.startswith("a ") else f"there are {several}"
+
+
 class _Writer:
     """One caption under way: the scene, its random numbers, and the facts mentioned so far."""
 
@@ -214,7 +218,8 @@ def _counted(w: _Writer) -> str | None:
     if len(w.scene.objects) < 2:
         return None
     things = w.draws.pick(THING_WORDS)[1]
-    start = f"{w.number()} {things} {w.ground()}" if w.draws.chance(0.75) else f"there are {w.number()} {things}"
+    start = f"{w.number()} {things}"
+    start = f"{start} {w.ground()}" if w.draws.chance(0.75) else _there_are(start)
     (i,) = w.some()
     tail = w.draws.pick(("one of them is", "including", "among them", "one is"))
     return f"{start} , {tail} {w.one(i, named=True)}" if w.draws.chance(0.75) else start
@@ -236,7 +241,7 @@ def _same_kind(w: _Writer) -> str | None:
     others = [index for index in range(len(kinds)) if index not in alike]
     if others and w.draws.chance(0.6):
         sentence += f" and {w.one(w.draws.pick(others), named=True)}"
-    return f"{sentence} {w.ground()}" if w.draws.chance(0.6) else f"there are {sentence}"
+    return f"{sentence} {w.ground()}" if w.draws.chance(0.6) else _there_are(sentence)
 
 
 def _listed(w: _Writer) -> str | None:
@@ -245,6 +250,8 @@ def _listed(w: _Writer) -> str | None:
         return None
     picked = w.some(min(count, w.draws.pick((2, 2, 3))))
     phrases = [w.one(index) for index in picked]
+    if len(set(phrases)) < len(phrases):
+        return None
     ground = f" {w.ground()}" if w.draws.chance(0.5) else ""
     return f"{' , '.join(phrases[:-1])} and {phrases[-1]}{ground}"
 

@@ -12,10 +12,10 @@ __all__ = [
     "COLOURS",
     "GROUNDS",
     "PLAIN_COLOURS",
-    "PLAIN_GROUNDS",
     "GroundPaint",
     "colour_near",
     "paint_ground",
+    "paint_paper",
     "two_nearest",
 ]
 
@@ -208,37 +208,17 @@ _CLASHES = {
 }
 
 
-def _pale(draws: Draws, name: str) -> Array:
-    return 0.45 * colour_near(draws, name) + np.float32(0.55 * 250)
+def paint_paper(draws: Draws) -> GroundPaint:
+    """The ground of the pretraining world and of mini_shapes: one even grey, from middling to white.
+
+    Without any grain: normalised patch by patch, noise on an even patch would be all that a masked autoencoder is asked
+    to predict of it.
+    """
+    level = draws.between(150, 252)
+    return np.full((3, SIDE, SIDE), level, dtype=np.float32), ("white" if level > 208 else "grey",)
 
 
-def _paper(draws: Draws) -> GroundPaint:
-    name = draws.pick(_PAPERS)
-    return _pale(draws, name) + (noise(draws, 3) * 14 - 7), (name,)
-
-
-def _fade(draws: Draws) -> GroundPaint:
-    first, second = draws.sample(_PAPERS, 2)
-    along, _ = pixel_axes(draws.between(0, 6.2832))
-    return _mix(_pale(draws, first), _pale(draws, second), np.clip(along / 72 + 0.5, 0, 1)), (first, second)
-
-
-def _smooth_sand(draws: Draws) -> GroundPaint:
-    base = rgb(228 + draws.between(-8, 8), 202 + draws.between(-8, 8), 156 + draws.between(-12, 10))
-    return base + (noise(draws, 4) * 20 - 10) + _grain(draws) * 4, ()
-
-
-_PAPERS = ("white", "yellow", "pink", "turquoise", "grey")
-
-# The light, quiet grounds of the pretraining world and of mini_shapes.
-PLAIN_GROUNDS: dict[str, Callable[[Draws], GroundPaint]] = {
-    "plain": _paper,
-    "gradient": _fade,
-    "sand": _smooth_sand,
-    "snow": _snow,
-}
-
-# The colours of objects on them: all darker than any of these grounds.
+# The colours of objects on paper: all darker than the paper.
 PLAIN_COLOURS: tuple[str, ...] = ("red", "green", "blue", "purple", "brown", "black")
 
 

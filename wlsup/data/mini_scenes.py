@@ -2,7 +2,7 @@
 
 Two kinds. A *caption scene* (the COCO of the mini world) has one to four objects of any texture in relations on any
 ground. A *plain scene* (its ImageNet: what the encoder is pretrained on) has one or two mostly plain objects on a
-simple ground and belongs to the domain of ``mini_shapes``.
+even ground and belongs to the domain of ``mini_shapes``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from wlsup.data.mini_grounds import COLOURS, GROUNDS, PLAIN_COLOURS, PLAIN_GROUNDS, colour_near, paint_ground
+from wlsup.data.mini_grounds import COLOURS, GROUNDS, PLAIN_COLOURS, colour_near, paint_ground, paint_paper
 from wlsup.data.mini_render import PATTERNS, SHAPES, Array, Draws, blend, coverage, finish, local_axes, rgb, window
 
 __all__ = ["TEXTURES", "Scene", "SceneObject", "caption_scene", "paint_object", "plain_scene"]
@@ -24,6 +24,8 @@ _RADII = {"small": (5.0, 6.4), "medium": (8.4, 11.2), "large": (14.2, 18.0)}
 _SOLID = ("circle", "square", "hexagon", "flower")
 # Shapes with thin parts, which a busy texture would make hard to read.
 _THIN = ("arrow", "crescent", "star", "triangle", "ring", "drop")
+# Shapes with room for an outline even when small.
+_STOUT = ("circle", "square", "hexagon", "heart", "half circle", "oval")
 _MARGIN = 1.5
 
 
@@ -71,6 +73,7 @@ def paint_object(
     thing: SceneObject,
     *,
     shadow: float = 0.0,
+    shading: float = 1.0,
     contrast: float = 1.0,
 ) -> None:
     """Paint one object, in place.
@@ -80,6 +83,7 @@ def paint_object(
         draws: the picture's random numbers (the exact tint, the phase of a texture).
         thing: what to paint.
         shadow: darkness in [0, 1] of the shadow it casts.
+        shading: strength in [0, 1] of the light that falls on it from one side.
         contrast: strength in [0, 1] of its texture.
     """
     radius = thing.radius
@@ -92,7 +96,7 @@ def paint_object(
         cast = np.zeros_like(alpha)
         cast[offset:, offset:] = alpha[:-offset, :-offset]
         blend(canvas, where, cast * shadow, rgb(10, 10, 16))
-    light = 1.06 - (u * 0.10 - v * 0.10) / radius * (0.5 + draws.unit())
+    light = 1 + shading * (0.06 - (u - v) / radius * draws.between(0.05, 0.15))
     paint = colour_near(draws, thing.colour) * light
     if thing.texture in PATTERNS:
         period = max(4.2, radius * draws.between(0.5, 0.68))
@@ -118,6 +122,13 @@ def _second_colour(draws: Draws, colour: str, avoid: tuple[str, ...]) -> str:
     if colour == "brown" or colour == "grey":
         options = [name for name in options if name != "black"] or ["yellow"]
     return draws.pick(options) if options else ("black" if colour != "black" else "white")
+
+
+def _texture(draws: Draws, shape: str, size: str) -> str:
+    """A texture that such an object can carry and still be told by its shape and colour."""
+    if size == "small":
+        return "outlined" if shape in _STOUT else "plain"
+    return draws.pick(("striped", "dotted", "outlined") if shape in _THIN else TEXTURES[1:])
 
 
 def _choose_sizes(draws: Draws, count: int, nested: bool, joined: bool) -> list[str]:
@@ -205,8 +216,7 @@ def caption_scene(draws: Draws) -> Scene:
     for index in range(wanted):
         texture = "plain"
         if not draws.chance(0.38):
-            busy = TEXTURES[1:] if shapes[index] not in _THIN else ("striped", "dotted", "outlined")
-            texture = "outlined" if sizes[index] == "small" else draws.pick(busy)
+            texture = _texture(draws, shapes[index], sizes[index])
         if nested and index == 0:
             texture = draws.pick(("plain", "outlined"))
         objects.append(
@@ -237,13 +247,12 @@ def plain_scene(draws: Draws, shape: str | None = None) -> Scene:
         draws: the picture's random numbers.
         shape: of the only object; None for a pretraining picture: one or two objects of any shape.
     """
-    ground = draws.pick(tuple(PLAIN_GROUNDS))
-    canvas, ground_colours = PLAIN_GROUNDS[ground](draws)
+    canvas, ground_colours = paint_paper(draws)
     wanted = 1 if shape or draws.chance(0.75) else 2
     sizes, spots, radii = [], None, []
     while spots is None:
         sizes = ["large" if wanted == 1 else "medium" for _ in range(wanted)]
-        radii = [draws.between(11.5, 20) if wanted == 1 else draws.between(9, 13) for _ in range(wanted)]
+        radii = [draws.between(12, 17) if wanted == 1 else draws.between(9, 13) for _ in range(wanted)]
         spots = _place(draws, radii, False, False)
     objects = []
     for index, colour in enumerate(draws.sample(PLAIN_COLOURS, wanted)):
@@ -253,16 +262,14 @@ def plain_scene(draws: Draws, shape: str | None = None) -> Scene:
                 shape=kind,
                 colour=colour,
                 size=sizes[index],
-                texture=draws.pick(("striped", "dotted", "outlined")) if draws.chance(0.3) else "plain",
+                texture=draws.pick(("striped", "dotted", "outlined")) if draws.chance(0.25) else "plain",
                 texture_colour=_second_colour(draws, colour, ()),
                 x=spots[index][0],
                 y=spots[index][1],
                 radius=radii[index],
-                angle=_turned(draws, kind, 0.35),
+                angle=_turned(draws, kind, 0.26),
             )
         )
     for thing in objects:
-        paint_object(canvas, draws, thing, contrast=0.35)
-    # No grain here: normalised patch by patch, a flat patch with grain would ask a masked autoencoder for pure noise.
-    image = finish(canvas * np.float32(draws.between(0.8, 1.05)))
-    return Scene(image, objects, ground, ground_colours)
+        paint_object(canvas, draws, thing, shading=0.0, contrast=0.3)
+    return Scene(finish(canvas), objects, "plain", ground_colours)

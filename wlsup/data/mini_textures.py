@@ -18,6 +18,7 @@ from wlsup.data.mini_render import (
     local_axes,
     noise,
     pixel_axes,
+    rgb,
     triangle_wave,
     window,
 )
@@ -92,6 +93,10 @@ TEXTURE_CLASSES: dict[str, _Weave] = {
 }
 
 
+def _tint(draws: Draws, level: float) -> Array:
+    return rgb(*(min(max(level + draws.between(-18, 18), 0), 255) for _ in range(3)))
+
+
 def texture_picture(draws: Draws, kind: str) -> NDArray[np.uint8]:
     """Paint one texture field.
 
@@ -102,24 +107,16 @@ def texture_picture(draws: Draws, kind: str) -> NDArray[np.uint8]:
     Returns:
         (3, 64, 64) uint8.
     """
-    u, v = pixel_axes(draws.between(0, 6.2832), draws.between(0, 64), draws.between(0, 64))
-    bend = draws.between(0, 9)
+    # Turned by up to 23 degrees, bent a little, at a scale of its own.
+    u, v = pixel_axes(draws.between(-0.4, 0.4), draws.between(0, SIDE), draws.between(0, SIDE))
+    bend = draws.between(0, 5)
     u, v = u + (noise(draws, 2) - 0.5) * bend, v + (noise(draws, 2) - 0.5) * bend
-    mask = TEXTURE_CLASSES[kind](draws, u, v, draws.between(7.5, 17))
-    if draws.chance(0.5):
-        mask = 1 - mask
-    first = np.array([draws.between(10, 250) for _ in range(3)], dtype=np.float32)
-    # The second colour keeps away from the first, in brightness or in tint, by at least 60 of 255 in one channel.
-    step = np.array([draws.between(-110, 110) for _ in range(3)], dtype=np.float32)
-    channel = draws.below(3)
-    step[channel] = draws.between(60, 120) * (1 if draws.chance(0.5) else -1)
-    second = np.clip(first + step, 0, 255)
-    second[channel] = (
-        first[channel] + step[channel]
-        if 0 <= first[channel] + step[channel] <= 255
-        else (first[channel] - step[channel])
-    )
-    canvas = first[:, None, None] + (second - first)[:, None, None] * mask
-    light = 1 + (noise(draws, 2) - 0.5) * draws.between(0, 0.7)
-    grain = (draws.bytes(SIDE, SIDE) / np.float32(255) - 0.5) * draws.between(4, 44)
+    mask = TEXTURE_CLASSES[kind](draws, u, v, draws.between(8, 13))
+    # Any two tints, the second darker: the class is in the pattern, never in the colour.
+    light_level = draws.between(150, 240)
+    dark_level = light_level - draws.between(60, 130)
+    first, second = (_tint(draws, level) for level in (light_level, dark_level))
+    canvas = first + (second - first) * mask
+    light = 1 + (noise(draws, 2) - 0.5) * draws.between(0, 0.4)
+    grain = (draws.bytes(SIDE, SIDE) / np.float32(255) - 0.5) * draws.between(2, 12)
     return finish(canvas * light + grain)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from wlsup.data.decoders import JpegPicture, decode, open_picture
@@ -110,6 +111,12 @@ class PicturesPart:
         """Return picture ``index`` of the part, a JPEG undecoded; Raises `UnreadableImage` saying why not."""
         return open_at(self.whole, self.indices[index])
 
+    @property
+    def groups(self) -> np.ndarray | None:
+        """(n,) the shard each picture lies in, where they lie in shards."""
+        groups = getattr(self.whole, "groups", None)
+        return None if groups is None else groups[np.asarray(self.indices, dtype=np.int64)]
+
 
 def open_at(pictures: Pictures, index: int) -> JpegPicture | Tensor:
     """Return picture ``index`` undecoded where ``pictures`` can (they have ``open``), else decoded."""
@@ -183,7 +190,10 @@ class SourceRequest:
 
 _Builder = Callable[..., CaptionSource]
 _BUILDERS: dict[str, _Builder] = {}
-_MODULES = ("wlsup.data.mini_source", "wlsup.data.table")
+_MODULES = tuple(
+    f"wlsup.data.{name}"
+    for name in ("mini_source", "table", "coco", "conceptual_captions", "imagenet_captions", "shards_source")
+)
 
 
 def register(name: str) -> Callable[[_Builder], _Builder]:

@@ -6,7 +6,7 @@ import os
 import posixpath
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from wlsup.data.images import UnreadableImage, is_picture
@@ -157,6 +157,10 @@ class TarStore(ImageStore):
     def names(self) -> list[str]:
         """Return the names of all pictures in the archive, sorted."""
         return sorted(name for name in self._members if is_picture(name))
+
+    def members(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield every admitted member's name and (offset, size), in the archive's order."""
+        yield from self._members.items()
 
     def problem(self, name: str) -> str | None:
         """Say why ``name`` cannot be had: it was refused, or is not there."""

@@ -99,6 +99,7 @@ def split_positions(
     free = np.arange(len(keys))
     chosen = None
     if fixed is not None:
+        fixed = set(fixed)
         is_fixed = np.fromiter((key in fixed for key in keys), bool, len(keys))
         free, chosen = np.flatnonzero(~is_fixed), np.flatnonzero(is_fixed)
         if validation > len(free):

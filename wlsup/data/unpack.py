@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from wlsup.data.stores import _escapes, clean_name  # one rule for what a name may be, in a store and here
+from wlsup.data.stores import clean_name, escapes  # one rule for what a name may be, in a store and here
 from wlsup.errors import WlsupError
 
 __all__ = ["unpack"]
@@ -106,7 +106,7 @@ def _members(archive: Path, left_out: list[str]) -> Iterator[_Member]:
 
 def _checked(archive: Path, given: str) -> str:
     name = clean_name(given)
-    if _escapes(name) or name.startswith("/"):
+    if escapes(name):
         raise _refused(archive, f"it holds {given!r}, which would land outside the folder")
     return name
 

@@ -1,0 +1,156 @@
+"""The published evaluation sets, read from their native files: where they are looked for, and what they are.
+
+torchvision reads the same files (and the tests hold these readers against it); its classes are not used here because
+CIFAR's unpickles, which runs whatever code a file holds, and none says which picture of a folder cannot be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from wlsup.batch import Domain, EvalSet, ImageSpec
+from wlsup.data.catalog import data_root
+from wlsup.data.cifar import CIFAR10, CIFAR100, read_cifar
+from wlsup.data.evalsets import EvalSetSpec, LabelledPictures
+from wlsup.data.published_folders import FolderRows, read_dtd, read_eurosat, read_imagenet
+from wlsup.data.svhn import read_svhn
+from wlsup.data.transforms import EvalTransform, normalize
+from wlsup.errors import WlsupError
+
+__all__ = ["PUBLISHED", "ArrayRows", "LabelledArray", "PublishedSet", "published_eval_set"]
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """A set held in memory.
+
+    Args:
+        train: (n, 3, H, W) uint8 and (n,) int64 labels.
+        test: likewise.
+        class_names: one a class id.
+    """
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    class_names: Sequence[str]
+
+
+class LabelledArray(Dataset):
+    """Pictures held in memory, with class ids; item i is a normalised float (3, S, S) tensor and an int.
+
+    Args:
+        pictures: (n, 3, H, W) uint8.
+        labels: (n,) int64.
+        spec: the encoder's `ImageSpec`.
+    """
+
+    def __init__(self, pictures: Tensor, labels: Tensor, spec: ImageSpec) -> None:
+        self.pictures = pictures
+        self.labels = labels.tolist()
+        self.spec = spec
+        self.transform = EvalTransform(spec)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return normalize(self.transform(self.pictures[index]), self.spec), self.labels[index]
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """What there is to know about a published set.
+
+    Args:
+        domain: relative to pretraining on ImageNet.
+        needs: a path each of whose variants (a tuple) would do, below the set's folder; all are needed.
+        read: (folder, entry) -> its pictures and labels.
+    """
+
+    domain: Domain
+    needs: tuple[tuple[str, ...], ...]
+    read: Callable[[Path, EvalSetSpec], ArrayRows | FolderRows]
+
+
+DIGITS = tuple("0123456789")
+
+PUBLISHED: dict[str, PublishedSet] = {
+    "cifar10": PublishedSet(
+        "in",
+        tuple((f"{CIFAR10.folder}/{name}",) for name in CIFAR10.files),
+        lambda folder, _: ArrayRows(*read_cifar(folder, CIFAR10)),
+    ),
+    "cifar100": PublishedSet(
+        "in",
+        tuple((f"{CIFAR100.folder}/{name}",) for name in CIFAR100.files),
+        lambda folder, _: ArrayRows(*read_cifar(folder, CIFAR100)),
+    ),
+    "svhn": PublishedSet(
+        "out",
+        (("train_32x32.mat",), ("test_32x32.mat",)),
+        lambda folder, _: ArrayRows(
+            read_svhn(folder / "train_32x32.mat"), read_svhn(folder / "test_32x32.mat"), DIGITS
+        ),
+    ),
+    "eurosat": PublishedSet(
+        "out", (("2750", "EuroSAT_RGB", "eurosat/2750", "EuroSAT.zip", "EuroSAT_RGB.zip"),), read_eurosat
+    ),
+    "dtd": PublishedSet("out", (("dtd/labels", "labels", "dtd/dtd/labels"),), read_dtd),
+    "imagenet": PublishedSet(
+        "in",
+        (
+            ("train", "Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/train"),
+            ("val", "Data/CLS-LOC/val", "ILSVRC/Data/CLS-LOC/val"),
+        ),
+        read_imagenet,
+    ),
+}
+
+
+def published_eval_set(kind: str, entry: EvalSetSpec, spec: ImageSpec, root: str | None = None) -> EvalSet:
+    """Build a published set.
+
+    Args:
+        kind: one of `PUBLISHED`.
+        entry: gives name and domain, and may give ``images``, the folder it lies in.
+        spec: the encoder's `ImageSpec`.
+        root: folder of all sets; None for WLSUP_DATA, or ``data``.
+
+    Raises:
+        WlsupError: saying which files are missing and where they were looked for, or what is wrong with them.
+    """
+    published = PUBLISHED[kind]
+    rows = published.read(_locate(kind, published, entry, root), entry)
+    if isinstance(rows, ArrayRows):
+        train, test = LabelledArray(*rows.train, spec), LabelledArray(*rows.test, spec)
+    else:
+        train, test = (LabelledPictures(rows.store, names, labels, spec) for names, labels in (rows.train, rows.test))
+    if not len(train) or not len(test):
+        raise WlsupError(f"Eval set {entry.name!r} has {len(train)} training and {len(test)} test pictures.")
+    return EvalSet(entry.name, entry.domain or published.domain, train, test, list(rows.class_names))
+
+
+def _locate(kind: str, published: PublishedSet, entry: EvalSetSpec, root: str | None) -> Path:
+    """Return the folder that has all that the set needs."""
+    base = data_root(root)
+    candidates = [Path(entry.images).expanduser()] if entry.images is not None else [base / kind, base]
+    lacking = {}
+    for folder in candidates:
+        lacking[folder] = [
+            " or ".join(paths) for paths in published.needs if not any((folder / path).exists() for path in paths)
+        ]
+        if not lacking[folder]:
+            return folder
+    nearest = min(candidates, key=lambda folder: len(lacking[folder]))
+    missing = lacking[nearest]
+    listed = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+    raise WlsupError(
+        f"Eval set {entry.name!r} is not here: {listed} missing. Looked in {' and '.join(map(str, candidates))}"
+        f"{'' if base.is_absolute() else f' (from {Path.cwd()})'}. Run `wlsup data fetch {kind}`, or set data.root or "
+        "the environment variable WLSUP_DATA to the folder that has it."
+    )

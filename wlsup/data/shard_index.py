@@ -1,0 +1,192 @@
+"""The index of a set of tar shards: where every picture lies, its key and its captions, in one file beside them.
+
+With it shards are a map-style data set: any sample can be read at any time by one ``pread``, so that shuffling is
+exact, every epoch sees every sample once whatever the number of ranks, workers and shards, and a resumed run needs no
+more than a position. The index also states each shard's size and number of samples: a shard cut short is noticed
+before anything is read.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from wlsup.data.packed import PackedLists, PackedStrings
+from wlsup.errors import WlsupError
+
+__all__ = ["INDEX_NAME", "ShardIndex", "load_index", "merge_indices", "save_index", "verify_shards"]
+
+INDEX_NAME = "wlsup-index.npz"
+VERSION = 1
+
+
+@dataclass
+class ShardIndex:
+    """What n samples in s shards are and where they lie.
+
+    Args:
+        names: s file names of shards, relative to the index.
+        sizes: (s,) int64: bytes of each shard.
+        keys: n distinct keys.
+        captions: n lists of captions; an empty list where a picture has none.
+        shard: (n,) int32: the shard each picture lies in.
+        offset: (n,) int64: where in it its content begins.
+        length: (n,) int64: its bytes.
+        broken: number of samples left out, by reason.
+    """
+
+    names: list[str]
+    sizes: np.ndarray
+    keys: PackedStrings
+    captions: PackedLists
+    shard: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    broken: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(s,) samples in each shard."""
+        return np.bincount(self.shard, minlength=len(self.names))
+
+
+def merge_indices(parts: Sequence[ShardIndex]) -> ShardIndex:
+    """Join the indices of several shards; of samples with one key the first picture counts, with all captions."""
+    keys: dict[str, int] = {}
+    captions: list[list[str]] = []
+    kept: list[tuple[int, int, int]] = []
+    broken: dict[str, int] = {}
+    names: list[str] = []
+    for part in parts:
+        for position, key in enumerate(part.keys):
+            if key in keys:
+                there = captions[keys[key]]
+                there += [text for text in part.captions[position] if text not in there]
+                continue
+            keys[key] = len(captions)
+            captions.append(part.captions[position])
+            kept.append(
+                (len(names) + int(part.shard[position]), int(part.offset[position]), int(part.length[position]))
+            )
+        names += part.names
+        for reason, count in part.broken.items():
+            broken[reason] = broken.get(reason, 0) + count
+    shard, offset, length = np.array(kept, np.int64).reshape(-1, 3).T
+    return ShardIndex(
+        names=names,
+        sizes=np.concatenate([np.zeros(0, np.int64), *(part.sizes for part in parts)]),
+        keys=PackedStrings.of(keys),
+        captions=PackedLists.of(captions),
+        shard=shard.astype(np.int32),
+        offset=offset.copy(),
+        length=length.copy(),
+        broken=broken,
+    )
+
+
+def save_index(index: ShardIndex, folder: str | Path) -> Path:
+    """Write the index into its shards' folder, whole or not at all; return its path."""
+    path = Path(folder) / INDEX_NAME
+    arrays = {
+        "version": np.array(VERSION),
+        "names": np.array(index.names, dtype=np.str_),
+        "sizes": index.sizes,
+        "keys": index.keys.blob,
+        "key_offsets": index.keys.offsets,
+        "captions": index.captions.strings.blob,
+        "caption_offsets": index.captions.strings.offsets,
+        "caption_starts": index.captions.starts,
+        "shard": index.shard,
+        "offset": index.offset,
+        "length": index.length,
+        "broken_reasons": np.array(list(index.broken), dtype=np.str_),
+        "broken_counts": np.array(list(index.broken.values()), np.int64),
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def load_index(folder: str | Path) -> ShardIndex:
+    """Read the index of the shards in a folder; code inside it never runs.
+
+    Raises:
+        WlsupError: if it is damaged or of another version.
+    """
+    path = Path(folder) / INDEX_NAME
+    again = "Delete it, and make it again with `wlsup data prepare`."
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if int(arrays["version"]) != VERSION:
+                raise WlsupError(f"{path} is of version {int(arrays['version'])}, not {VERSION}. {again}")
+            strings = PackedStrings(arrays["captions"], arrays["caption_offsets"])
+            index = ShardIndex(
+                names=arrays["names"].tolist(),
+                sizes=arrays["sizes"],
+                keys=PackedStrings(arrays["keys"], arrays["key_offsets"]),
+                captions=PackedLists(strings, arrays["caption_starts"]),
+                shard=arrays["shard"],
+                offset=arrays["offset"],
+                length=arrays["length"],
+                broken=dict(zip(arrays["broken_reasons"].tolist(), arrays["broken_counts"].tolist(), strict=True)),
+            )
+    except WlsupError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise WlsupError(f"{path} is damaged ({type(error).__name__}: {error}). {again}") from error
+    _check_consistent(index, path, again)
+    return index
+
+
+def verify_shards(index: ShardIndex, folder: str | Path, only: str | None = None) -> None:
+    """Compare every shard's size with the index, or that of ``only`` one.
+
+    Raises:
+        WlsupError: naming the first shard that is missing, cut short or changed, and what it should hold.
+    """
+    counts = index.counts
+    for position, name in enumerate(index.names):
+        path = Path(folder) / name
+        if only not in (None, name):
+            continue
+        try:
+            size = path.stat().st_size
+        except OSError:
+            size = None
+        expected = int(index.sizes[position])
+        if size == expected:
+            continue
+        state = "is missing" if size is None else f"has {size:,} bytes"
+        raise WlsupError(
+            f"{path} {state}, and the index expects {expected:,} bytes with {int(counts[position]):,} samples "
+            f"({'cut short' if size is not None and size < expected else 'not what was indexed'}). Copy or download "
+            f"the shard again; or, if it was changed on purpose, delete {INDEX_NAME} and run `wlsup data prepare`."
+        )
+
+
+def _check_consistent(index: ShardIndex, path: Path, again: str) -> None:
+    samples = {len(getattr(index, name.name)) for name in fields(index)[2:7]}
+    sound = (
+        len(samples) == 1
+        and len(index.sizes) == len(index.names)
+        and (not len(index) or (index.shard.min() >= 0 and index.shard.max() < len(index.names)))
+        and bool((index.offset >= 0).all() and (index.length >= 0).all())
+        and not any("/" in name or "\\" in name or name in ("", ".", "..") for name in index.names)
+    )
+    if not sound:
+        raise WlsupError(f"{path} is damaged: its parts do not fit together. {again}")
