@@ -42,14 +42,19 @@ test: $(BIN)/.installed ## the fast tests
 test-all: $(BIN)/.installed ## every test but those of the extra `bolts`
 	$(BIN)/python -m pytest -m "not bolts"
 
-# lightning-bolts brings pytorch-lightning 1.9.5 and an old setuptools: it must not enter .venv
-$(VENV)-bolts/.installed: setup.cfg constraints-bolts.txt
-	$(PYTHON) -m venv $(VENV)-bolts
-	$(VENV)-bolts/bin/python -m pip install --quiet -e ".[bolts,test]" -c constraints-bolts.txt
+# lightning-bolts brings pytorch-lightning 1.9.5 and an old setuptools, which must not enter $(VENV): they go into an
+# environment of their own, in front of $(VENV)'s packages, so that torch need not be installed twice
+BOLTS := $(VENV)-bolts
+PUREPLACE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(BOLTS)/.installed: $(BIN)/.installed constraints-bolts.txt
+	$(PYTHON) -m venv $(BOLTS)
+	$(BOLTS)/bin/python -m pip install --quiet --no-deps -r constraints-bolts.txt
+	printf 'import site; site.addsitedir("%s")\n' "$$($(BIN)/python $(PUREPLACE))" \
+		> "$$($(BOLTS)/bin/python $(PUREPLACE))/wlsup-base.pth"
 	@touch $@
 
-test-bolts: $(VENV)-bolts/.installed ## our schedule and LARS against lightning-bolts', in an environment of its own
-	$(VENV)-bolts/bin/python -m pytest tests/bolts
+test-bolts: $(BOLTS)/.installed ## our schedule and LARS against lightning-bolts', in an environment of its own
+	$(BOLTS)/bin/python -m pytest -m bolts tests/bolts
 
 lint: $(BIN)/.installed ## ruff, check and format
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from mini_pretraining.tokens import make_tokenizer
 from mini_pretraining.vision import make_vision, measure
 
 PARTS = ("tokenizer", "text", "lm", "vision")
-STEPS = {"text": 900, "lm": 1200, "vision": 12000}
+STEPS = {"text": 900, "lm": 1200, "vision": 7000}
 _LIMIT = 8_000_000
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from data_makers import noise_jpeg, write_tar
-from scipy.io import savemat
 
 
 def write_tree(root: Path, files: dict[str, bytes]) -> Path:
@@ -53,6 +52,8 @@ def write_cifar(root: Path, classes: int = 10, per_batch: int = 20) -> Path:
 
 
 def write_svhn(root: Path, number: int = 20) -> Path:
+    from scipy.io import savemat
+
     root.mkdir(parents=True, exist_ok=True)
     for seed, split in enumerate(("train", "test")):
         labels = np.array([i % 10 + 1 for i in range(number)], dtype=np.uint8).reshape(-1, 1)

@@ -295,11 +295,12 @@ def test_windows_of_shards_visit_each_sample_once_and_stay_within_their_shards(r
     assert orders[0] != orders[1]
 
 
-def test_a_window_needs_shards(make_module):
+def test_a_window_needs_shards(make_module, make_set):
+    files = make_set()
     with pytest.raises(WlsupError, match="shuffle_window=2 shuffles by shards"):
-        make_module(shuffle_window=2).train_dataloader()
+        make_module(files, shuffle_window=2).train_dataloader()
     with pytest.raises(WlsupError, match="shuffle_window=0"):
-        make_module(shuffle_window=0)
+        make_module(files, shuffle_window=0)
 
 
 def test_an_index_of_many_samples_is_verified_without_reading_them(seven):

@@ -182,11 +182,11 @@ def _fetch_links(options: argparse.Namespace, folder: Path) -> int:
     tsv = Path(options.tsv) if options.tsv else next(iter(sorted(folder.glob("*.tsv"))), None)
     if tsv is None:
         raise WlsupError(f"fetch cc3m needs --tsv FILE, or a .tsv in {folder}. {catalog_entry('cc3m').by_hand}")
-    if not tsv.is_file():
-        raise WlsupError(f"--tsv {tsv}: no such file. Give the published TSV of captions and links.")
     again: list[str] = []
     for what in filter(None, options.retry.split(",")):
         again += _RETRIED if what == "failed" else [choose("outcome in --retry", what, (*FAILURES, "failed"))]
+    if not tsv.is_file():
+        raise WlsupError(f"--tsv {tsv}: no such file. Give the published TSV of captions and links.")
     from wlsup.data.links import LINK_POLICY, LinkOptions, fetch_links
 
     policy = replace(LINK_POLICY, private_addresses=options.allow_private, **_given(options, "timeout", "retries"))

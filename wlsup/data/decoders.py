@@ -30,7 +30,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from wlsup.data.images import MAX_PIXELS, check_size, decode_rgb, strict_about_truncation
-from wlsup.data.jpeg import JpegHeader, jpeg_header
+from wlsup.data.jpeg import JpegHeader, has_stray_markers, jpeg_header
 from wlsup.errors import WlsupError, choose
 
 __all__ = [
@@ -48,6 +48,7 @@ DECODERS = ("auto", "simplejpeg", "opencv", "torchvision", "pil_draft", "pil")
 
 _WHOLE = ("simplejpeg", "torchvision", "opencv", "pil")  # fastest first, as benchmarks/decode.py measures them
 _REDUCED = ("simplejpeg", "opencv", "pil_draft")
+_LENIENT = ("opencv", "torchvision")  # they keep libjpeg's warnings of damaged data to themselves
 _MODULES = {"simplejpeg": "simplejpeg", "opencv": "cv2"}
 
 # (H, W, 3) -> (H, W, 3), by EXIF orientation, as ImageOps.exif_transpose
@@ -172,6 +173,8 @@ class JpegPicture:
     def _decode(self, name: str, reduction: int) -> Tensor | None:
         """Decode at 1/reduction; None if the library objects, or gives a picture of another size than announced."""
         if name == "pil":
+            return None
+        if name in _LENIENT and has_stray_markers(self.data, self.header):
             return None
         try:
             pixels = _LIBRARIES[name](self.data, self.header, reduction)

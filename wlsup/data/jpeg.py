@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 
 from PIL import Image
 
-__all__ = ["JpegHeader", "jpeg_header"]
+__all__ = ["JpegHeader", "has_stray_markers", "jpeg_header"]
 
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive Huffman: what every decoder reads alike
 _OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # lossless, arithmetic, ...
 _ORIENTATION = 0x0112
+# In or between scans may stand stuffed and fill bytes, restarts, tables, further scans and comments.
+_STRAY = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xda\xdb\xdd\xfe]")
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class JpegHeader:
         height: of the stored picture, in pixels, before it is turned.
         width: likewise.
         orientation: EXIF's, 1 (upright) to 8.
+        scan: where in the file the picture's data begins.
     """
 
     height: int
     width: int
     orientation: int = 1
+    scan: int = 0
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -57,7 +62,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
         length = int.from_bytes(data[position + 2 : position + 4], "big")
         body = data[position + 4 : position + 2 + length]
         if marker == 0xDA:  # the scan: headers are over
-            return _header(frame, exif)
+            return _header(frame, exif, position)
         if length < 2 or len(body) != length - 2 or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker in _OTHER_FRAMES:
             return None
         if marker in _FRAMES:
@@ -77,7 +82,13 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     return None
 
 
-def _header(frame: bytes | None, exif: bytes | None) -> JpegHeader | None:
+def has_stray_markers(data: bytes, header: JpegHeader) -> bool:
+    """Say whether a marker stands where none belongs: a sign of damage that some decoders paint over in grey."""
+    stray = _STRAY.search(data, header.scan)
+    return stray is None or stray.group() != b"\xff\xd9" or len(data) - stray.end() > 16
+
+
+def _header(frame: bytes | None, exif: bytes | None, scan: int) -> JpegHeader | None:
     if frame is None or len(frame) < 6:
         return None
     precision, height, width, components = struct.unpack(">BHHB", frame[:6])
@@ -86,7 +97,7 @@ def _header(frame: bytes | None, exif: bytes | None) -> JpegHeader | None:
     if components == 3 and bytes(frame[6::3]) == b"RGB":
         return None
     orientation = 1 if exif is None else _orientation(exif)
-    return None if orientation is None else JpegHeader(height, width, orientation)
+    return None if orientation is None else JpegHeader(height, width, orientation, scan)
 
 
 def _orientation(exif: bytes) -> int | None:

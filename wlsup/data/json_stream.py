@@ -93,10 +93,16 @@ class _Reader:
                 if not self.refill():
                     raise self.broken("it ends too early" if self.ended and self.at_end() else str(error)) from None
                 continue
-            # A number at the end of what was read may go on.
-            if end < len(self.text) or not self.refill():
+            if not self._may_go_on(value, end) or not self.refill():
                 self.position = end
                 return value
+
+    def _may_go_on(self, value: Any, end: int) -> bool:
+        """Say whether what was read ends in the middle of a number: ``12`` of ``125``, or of ``12.5``."""
+        rest = self.text[end : end + 8]
+        return (
+            isinstance(value, int | float) and end + len(rest) == len(self.text) and not rest.strip("0123456789.eE+-")
+        )
 
     def at_end(self) -> bool:
         return len(self.text) - self.position < _CHUNK and not self.text.rstrip().endswith(("}", "]"))

@@ -219,7 +219,7 @@ def paint_paper(draws: Draws) -> GroundPaint:
 
 
 # The colours of objects on paper: all darker than the paper.
-PLAIN_COLOURS: tuple[str, ...] = ("red", "green", "blue", "purple", "brown", "black")
+PLAIN_COLOURS: tuple[str, ...] = ("black", "brown", "purple")
 
 
 def paint_ground(draws: Draws, name: str) -> tuple[Array, tuple[str, ...], tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """Scenes of the mini world: which objects stand where, and their pictures.
 
 Two kinds. A *caption scene* (the COCO of the mini world) has one to four objects of any texture in relations on any
-ground. A *plain scene* (its ImageNet: what the encoder is pretrained on) has one or two mostly plain objects on a
+ground. A *plain scene* (its ImageNet: what the encoder is pretrained on) has one plain, dark object on an
 even ground and belongs to the domain of ``mini_shapes``.
 """
 
@@ -245,31 +245,25 @@ def plain_scene(draws: Draws, shape: str | None = None) -> Scene:
 
     Args:
         draws: the picture's random numbers.
-        shape: of the only object; None for a pretraining picture: one or two objects of any shape.
+        shape: of the only object; None for a pretraining picture: an object of any shape.
     """
     canvas, ground_colours = paint_paper(draws)
-    wanted = 1 if shape or draws.chance(0.75) else 2
-    sizes, spots, radii = [], None, []
+    spots, radii = None, []
     while spots is None:
-        sizes = ["large" if wanted == 1 else "medium" for _ in range(wanted)]
-        radii = [draws.between(12, 17) if wanted == 1 else draws.between(9, 13) for _ in range(wanted)]
+        radii = [draws.between(13, 18)]
         spots = _place(draws, radii, False, False)
-    objects = []
-    for index, colour in enumerate(draws.sample(PLAIN_COLOURS, wanted)):
-        kind = shape or draws.pick(tuple(SHAPES))
-        objects.append(
-            SceneObject(
-                shape=kind,
-                colour=colour,
-                size=sizes[index],
-                texture=draws.pick(("striped", "dotted", "outlined")) if draws.chance(0.25) else "plain",
-                texture_colour=_second_colour(draws, colour, ()),
-                x=spots[index][0],
-                y=spots[index][1],
-                radius=radii[index],
-                angle=_turned(draws, kind, 0.26),
-            )
-        )
-    for thing in objects:
-        paint_object(canvas, draws, thing, shading=0.0, contrast=0.3)
-    return Scene(finish(canvas), objects, "plain", ground_colours)
+    colour = draws.sample(PLAIN_COLOURS, 1)[0]
+    kind = shape or draws.pick(tuple(SHAPES))
+    thing = SceneObject(
+        shape=kind,
+        colour=colour,
+        size="large",
+        texture="plain",
+        texture_colour=_second_colour(draws, colour, ()),
+        x=spots[0][0],
+        y=spots[0][1],
+        radius=radii[0],
+        angle=_turned(draws, kind, 0.26),
+    )
+    paint_object(canvas, draws, thing, shading=0.0, contrast=0.3)
+    return Scene(finish(canvas), [thing], "plain", ground_colours)
