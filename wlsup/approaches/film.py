@@ -31,7 +31,7 @@ class FilmApproach(Approach):
         objective: losses, their weights, mask ratio, caption dropout.
         optimizer: optimizer and schedule.
         lr: of all that trains, after warm-up.
-        weight_decay: of matrices; FiLM's generators do best without.
+        weight_decay: of matrices.
         embedding_width: channels of the condition embedding that every site's generator reads.
         train_decoder: whether MAE's decoder trains; by default only where it has no pretrained weights.
     """
