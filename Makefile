@@ -9,9 +9,10 @@ DATA     ?=
 ARGS     ?=
 RUNS     ?= runs
 PORT     ?= 6006
+JOBS     ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train pretrain-mini test test-all test-bolts lint dashboard bench
+.PHONY: help setup train pretrain-mini test test-all test-bolts lint dashboard bench results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -28,19 +29,25 @@ setup: $(BIN)/.installed ## create .venv and install
 # DATA is a captions file (CSV, TSV, JSONL), or an overlay recipe (YAML) that says where captions and pictures lie
 data_option = $(if $(DATA),$(if $(filter %.yaml %.yml,$(DATA)),-c $(DATA),--data.source table --data.captions $(DATA)))
 
+# a preset's values for one approach, where that has other parts than most (a language model, no text encoder)
+preset_overlay = $(firstword $(wildcard experiments/overlays/$(PRESET)_$(APPROACH).yaml) experiments/overlays/$(PRESET).yaml)
+
 train: $(BIN)/.installed ## teach an encoder: APPROACH=film [PRESET=mini|paper] [SEED=0] [DATA=captions.csv] [ARGS="..."]
 	$(BIN)/wlsup fit -c experiments/base.yaml -c experiments/$(APPROACH).yaml \
-		$(if $(filter-out mini,$(PRESET)),-c experiments/overlays/$(PRESET).yaml) \
+		$(if $(filter-out mini,$(PRESET)),-c $(preset_overlay)) \
 		--seed_everything $(SEED) $(data_option) $(ARGS)
 
 pretrain-mini: $(BIN)/.installed ## make the mini models again (vision, text, LM, tokenizer): about half an hour
 	$(BIN)/python experiments/pretrain_mini.py --out wlsup/assets/mini
 
-test: $(BIN)/.installed ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not multiprocess and not browser and not bolts"
+# one thread a process: the models are small, and processes that share cores by threads only wait for one another
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test: $(BIN)/.installed ## the fast tests, in JOBS=2 processes
+	$(PYTEST) -m "not slow and not multiprocess and not browser and not bolts"
 
 test-all: $(BIN)/.installed ## every test but those of the extra `bolts`
-	$(BIN)/python -m pytest -m "not bolts"
+	$(PYTEST) -m "not bolts"
 
 # lightning-bolts brings pytorch-lightning 1.9.5 and an old setuptools, which must not enter $(VENV): they go into an
 # environment of their own, in front of $(VENV)'s packages, so that torch need not be installed twice
@@ -59,6 +66,9 @@ test-bolts: $(BOLTS)/.installed ## our schedule and LARS against lightning-bolts
 lint: $(BIN)/.installed ## ruff, check and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+results: $(BIN)/.installed ## every approach x three seeds, resumable: experiments/results/mini.{json,md} [ARGS="--jobs 2"]
+	$(BIN)/python experiments/run_results.py $(ARGS)
 
 dashboard: $(BIN)/.installed ## TensorBoard over runs/
 	$(BIN)/tensorboard --logdir $(RUNS) --port $(PORT)

@@ -1,29 +1,41 @@
-"""Reading tar shards: who shows every sample exactly once, and how fast, beside webdataset, wids and litdata.
+"""Reading tar shards: who shows every sample exactly once, shuffles, resumes, and how fast, beside three peers.
 
 Run:  python benchmarks/shards.py [--samples 3500] [--quick] [--json]
 
-Seven shards that neither ranks, workers nor batches divide, read by 2 ranks (processes, gloo) x 2 workers. For each
-reader, over one shuffled epoch: samples seen by both ranks together, samples missed, samples seen twice, batches of
-each rank (unequal numbers hang a training run that exchanges gradients), whether two readings with one seed agree, and
-samples/s of one process without workers (bytes only: decoding costs everybody the same). webdataset and wids read our
-very shards; litdata must convert them first, which is timed too. Peers that are not installed are named and left out:
+Seven shards that neither ranks, workers nor batches divide, read by 2 ranks (processes, gloo) x 2 workers, in batches
+of 16. For each reader, over one shuffled epoch:
 
-    pip install litdata "webdataset<1"      # wids came with webdataset until 1.0
+* seen by both ranks together, never seen, seen twice; batches of each rank (unequal numbers hang a training run that
+  exchanges gradients);
+* shards a batch: how many of the seven an average batch draws from (6.4 when any sample may come at any place); and
+  spread: how far apart neighbours in a batch are stored, over what a uniform shuffle gives (1.0);
+* repeatable: two readings with one seed agree; resumes: after half of the epoch, from the state of the loader in new
+  processes, the rest is what would have come ("no state": the loader keeps none, and the epoch must be read again);
+* samples/s of one process without workers, by the clock and by CPU time: bytes and key only, since decoding costs
+  everybody the same.
+
+webdataset and wids read our very shards; litdata must convert them first, which is timed too. Peers that are not
+installed are named and left out: pip install wlsup[bench]   (wids came with webdataset until 1.0)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
+import queue
 import random
 import socket
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +50,8 @@ from wlsup.data.shard_index import load_index, verify_shards
 from wlsup.data.shards import ShardPictures, ShardSample, write_shards
 
 BATCH, RANKS, WORKERS, SHARDS = 16, 2, 2, 7
-Batches = Iterator[list[str]]
+PATIENCE = 120  # seconds an epoch may take before it counts as hung
+Batches = Iterable[list[str]]
 
 
 def make(folder: Path, samples: int) -> None:
@@ -75,12 +88,12 @@ def ours(folder: Path, rank: int, ranks: int, workers: int, window: int | None =
         groups=dataset.pictures.groups,
         shuffle_window=window,
     )
-    yield from make_loader(dataset, sampler, BATCH, workers, None)
+    return make_loader(dataset, sampler, BATCH, workers, None)
 
 
 def ours_by_window(folder: Path, rank: int, ranks: int, workers: int) -> Batches:
     """The same, shuffled two shards at a time."""
-    yield from ours(folder, rank, ranks, workers, window=2)
+    return ours(folder, rank, ranks, workers, window=2)
 
 
 def webdataset(folder: Path, rank: int, ranks: int, workers: int) -> Batches:
@@ -90,19 +103,27 @@ def webdataset(folder: Path, rank: int, ranks: int, workers: int) -> Batches:
     urls = sorted(map(str, folder.glob("*.tar")))
     stream = wds.WebDataset(urls, nodesplitter=wds.split_by_node, shardshuffle=100, seed=0, empty_check=False)
     stream = stream.shuffle(1000, rng=random.Random(0)).map(lambda item: json.loads(item["json"])["key"])
-    yield from wds.WebLoader(stream.batched(BATCH), batch_size=None, num_workers=workers)
+    return wds.WebLoader(stream.batched(BATCH, collation_fn=list), batch_size=None, num_workers=workers)
 
 
 def wids(folder: Path, rank: int, ranks: int, workers: int) -> Batches:
-    """A map over shards that it copies and indexes itself."""
+    """A map over shards that it links or copies, and indexes itself."""
     import wids as library
 
     counts = load_index(folder).counts.tolist()
     shards = [{"url": str(p), "nsamples": n} for p, n in zip(sorted(folder.glob("*.tar")), counts, strict=True)]
-    dataset = library.ShardListDataset(shards, keep=True, cache_dir=str(folder / ".wids"), transformations=[])
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # it tells its settings unasked
+        dataset = library.ShardListDataset(shards, keep=True, cache_dir=str(folder / ".wids"), transformations=[])
     dataset.add_transform(lambda item: json.loads(item[".json"].read())["key"])
-    sampler = library.DistributedChunkedSampler(dataset, shuffle=True, seed=0, num_replicas=ranks, rank=rank)
-    yield from DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers, collate_fn=list)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of being one process alone
+        sampler = library.DistributedChunkedSampler(dataset, shuffle=True, seed=0, num_replicas=ranks, rank=rank)
+    return DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers, collate_fn=list)
+
+
+def keys_alone(items: list[dict[str, object]]) -> list[object]:
+    """Collate litdata's items."""
+    return [item["key"] for item in items]
 
 
 def litdata(folder: Path, rank: int, ranks: int, workers: int) -> Batches:
@@ -110,8 +131,7 @@ def litdata(folder: Path, rank: int, ranks: int, workers: int) -> Batches:
     import litdata as library
 
     dataset = library.StreamingDataset(str(folder / "litdata"), shuffle=True, seed=0, drop_last=True)
-    for batch in library.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=list):
-        yield [item["key"] for item in batch]
+    return library.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=keys_alone)
 
 
 def prepare_litdata(folder: Path) -> float:
@@ -138,35 +158,84 @@ READERS: dict[str, tuple[str | None, Callable[..., Batches]]] = {
     "litdata": ("litdata", litdata),
 }
 
+Part = tuple[list[list[str]], object]  # one rank's batches, and the loader's state after them
 
-def one_rank(name: str, folder: Path, rank: int, port: int, results: object) -> None:
-    """Read one epoch as one of the ranks."""
+
+def one_rank(name: str, folder: Path, rank: int, port: int, results: object, state: object, stop: int | None) -> None:
+    """Read one epoch, or its first ``stop`` batches, or what comes after ``state``, as one of the ranks."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
     torch.set_num_threads(1)
+    batches: list[list[str]] = []
     try:
         torch.distributed.init_process_group("gloo", rank=rank, world_size=RANKS)
-        batches = [list(batch) for batch in READERS[name][1](folder, rank, RANKS, WORKERS)]
-        results.put((rank, batches, None))
+        loader = READERS[name][1](folder, rank, RANKS, WORKERS)
+        if state is not None:
+            loader.load_state_dict(state)
+        for batch in itertools.islice(loader, stop):
+            batches.append(list(batch))
+            if len(batches) == stop:  # here, as a checkpoint is saved: the loader is still in the epoch
+                state = loader.state_dict()
+        results.put((rank, batches, state, None))
     except Exception as error:  # a peer's failure is a result
-        results.put((rank, [], f"{type(error).__name__}: {error}"[:200]))
+        results.put((rank, batches, None, f"{type(error).__name__}: {error}"[:200]))
 
 
-def epoch(name: str, folder: Path) -> tuple[list[list[list[str]]], str | None]:
-    """Return every rank's batches of keys."""
+def epoch(
+    name: str, folder: Path, states: tuple[object, ...] = (None,) * RANKS, stop: int | None = None
+) -> tuple[list[Part], str | None]:
+    """Return every rank's batches of keys and state, in new processes; and what went wrong, if anything."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    processes = [context.Process(target=one_rank, args=(name, folder, rank, port, results)) for rank in range(RANKS)]
+    processes = [
+        context.Process(target=one_rank, args=(name, folder, rank, port, results, states[rank], stop))
+        for rank in range(RANKS)
+    ]
     for process in processes:
         process.start()
-    found = sorted((results.get(timeout=300) for _ in processes), key=lambda item: item[0])
-    for process in processes:
-        process.join(30)
-        if process.is_alive():
-            process.kill()
-    return [batches for _, batches, _ in found], next((error for *_, error in found if error), None)
+    found = []
+    try:
+        found = sorted((results.get(timeout=PATIENCE) for _ in processes), key=lambda item: item[0])
+    except queue.Empty:
+        return [], f"hangs: no end after {PATIENCE} s"
+    finally:
+        for process in processes:
+            process.join(5 if len(found) == RANKS else 0)
+            if process.is_alive():
+                process.kill()
+    return [(batches, state) for _, batches, state, _ in found], next((error for *_, error in found if error), None)
+
+
+def resumes(name: str, folder: Path, whole: list[list[list[str]]]) -> str:
+    """Say whether half an epoch and what follows from its state make the whole one."""
+    if not hasattr(READERS[name][1](folder, 0, 1, 0), "load_state_dict"):
+        return "no state"
+    half = min(map(len, whole)) // 2
+    begun, error = epoch(name, folder, stop=half)
+    if not error:
+        rest, error = epoch(name, folder, states=tuple(state for _, state in begun))
+    if error:
+        return error
+    joined = [first + second for (first, _), (second, _) in zip(begun, rest, strict=True)]
+    keys = [key for rank in joined for batch in rank for key in batch]
+    if joined == whole:
+        return "exactly"
+    missed = len({key for rank in whole for batch in rank for key in batch} - set(keys))
+    return f"otherwise: {missed} missed, {len(keys) - len(set(keys))} twice"
+
+
+def mixing(whole: list[list[list[str]]], folder: Path) -> dict[str, float]:
+    """Measure how well the batches are shuffled."""
+    index = load_index(folder)
+    place = {key: (position, int(index.shard[position])) for position, key in enumerate(index.keys)}
+    batches = [batch for rank in whole for batch in rank]
+    gaps = [np.abs(np.diff([place[key][0] for key in batch])) for batch in batches]
+    return {
+        "shards_a_batch": statistics.mean(len({place[key][1] for key in batch}) for batch in batches),
+        "spread": float(np.concatenate(gaps).mean() / (len(index) / 3)),
+    }
 
 
 def examine(name: str, folder: Path, samples: int, passes: int) -> dict[str, object]:
@@ -175,7 +244,8 @@ def examine(name: str, folder: Path, samples: int, passes: int) -> dict[str, obj
     if error:
         return {"error": error}
     again, _ = epoch(name, folder)
-    keys = [key for rank in first for batch in rank for key in batch]
+    whole = [batches for batches, _ in first]
+    keys = [key for rank in whole for batch in rank for key in batch]
     speeds = []
     for _ in range(passes):
         begin, cpu = time.perf_counter(), time.process_time()
@@ -185,8 +255,10 @@ def examine(name: str, folder: Path, samples: int, passes: int) -> dict[str, obj
         "seen": len(set(keys)),
         "missed": samples - len(set(keys)),
         "twice": len(keys) - len(set(keys)),
-        "batches": [len(rank) for rank in first],
+        "batches": [len(rank) for rank in whole],
+        **mixing(whole, folder),
         "repeatable": first == again,
+        "resumes": resumes(name, folder, whole),
         "samples_per_second": max(speed for speed, _ in speeds),
         "samples_per_cpu_second": max(speed for _, speed in speeds),
     }
@@ -210,21 +282,29 @@ def main() -> int:
                     importlib.import_module(module)
             except ImportError:
                 rows[reader] = {"error": "not installed"}
-                continue
-            converted = prepare_litdata(folder) if reader == "litdata" else 0.0
-            rows[reader] = examine(reader, folder, samples, 1 if options.quick else 3)
-            if converted:
-                rows[reader]["conversion_seconds"] = converted
+            else:
+                converted = prepare_litdata(folder) if reader == "litdata" else 0.0
+                rows[reader] = examine(reader, folder, samples, 1 if options.quick else 3)
+                if converted:
+                    rows[reader]["conversion_seconds"] = converted
             if not options.json:
-                row = {
-                    key: round(value) if isinstance(value, float) and value > 9 else value
-                    for key, value in rows[reader].items()
-                }
-                print(f"{reader:<16} " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                print(f"{reader:<16} " + "  ".join(map(_shown, rows[reader].items())), flush=True)
     if options.json:
         print(json.dumps({"samples": samples, "rows": rows}, indent=2))
     left_over = samples % (BATCH * RANKS)
-    return 0 if rows["wlsup"].get("missed") == left_over and rows["wlsup"].get("twice") == 0 else 1
+    exact = all(
+        rows[name].get("missed") == left_over
+        and rows[name].get("twice") == 0
+        and rows[name].get("resumes") == "exactly"
+        for name in READERS
+        if READERS[name][0] is None
+    )
+    return 0 if exact else 1
+
+
+def _shown(item: tuple[str, object]) -> str:
+    key, value = item
+    return f"{key} {value:.{0 if value > 99 else 2}f}" if isinstance(value, float) else f"{key} {value}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -58,23 +58,35 @@ class CaptionBatch:
         captions: B strings; ``captions[i]`` describes ``images[i]``.
         keys: B stable names of the pairs' images, the same on every machine.
         skipped: "key: reason" of samples that could not be read and were replaced in this batch.
+        replay: (R, 3, H, W) unlabelled pictures of the pretrained encoder's own domain, where a regulariser asks for
+            them.
+        encoded: what a frozen encoder made of the pictures, where that is kept; ``images`` then holds none, (B, 0).
     """
 
     images: Tensor
     captions: list[str]
     keys: list[str]
     skipped: list[str] = field(default_factory=list)
+    replay: Tensor | None = None
+    encoded: VisionOutput | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CaptionBatch:
         """Return the batch with its images on ``device``."""
-        return replace(self, images=self.images.to(device, non_blocking=non_blocking))
+        return self._each(lambda images: images.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> CaptionBatch:
         """Return the batch with page-locked images (called by DataLoader)."""
-        return replace(self, images=self.images.pin_memory())
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> CaptionBatch:
+        replayed = None if self.replay is None else change(self.replay)
+        encoded = self.encoded
+        if encoded is not None:
+            encoded = replace(encoded, pooled=change(encoded.pooled), tokens=change(encoded.tokens))
+        return replace(self, images=change(self.images), replay=replayed, encoded=encoded)
 
 
 @dataclass
@@ -142,16 +154,27 @@ class ConditionSlot:
     def __init__(self) -> None:
         self.value: Condition | None = None
         self._memo: dict[int, Tensor] | None = None
+        self._kept: dict[object, Any] | None = None
 
     @contextmanager
-    def holding(self, condition: Condition | None) -> Iterator[None]:
-        """Hold ``condition`` for the duration of one forward pass."""
-        before = self.value, self._memo
+    def holding(self, condition: Condition | None, kept: dict[object, Any] | None = None) -> Iterator[None]:
+        """Hold ``condition`` for one forward pass, or for a part of one that goes on from what was ``kept``."""
+        before = self.value, self._memo, self._kept
         self.value, self._memo = condition, {}
+        self._kept = dict(kept or {}) if self._kept is None else self._kept
         try:
             yield
         finally:
-            self.value, self._memo = before
+            self.value, self._memo, self._kept = before
+
+    def keep(self, key: object, value: Any) -> None:
+        """Leave ``value`` for later sites of the same forward pass."""
+        if self._kept is not None:
+            self._kept[key] = value
+
+    def kept(self, key: object = None) -> Any:
+        """Return what an earlier site of this forward pass left under ``key``, or None; without a key, all of it."""
+        return dict(self._kept or {}) if key is None else (self._kept or {}).get(key)
 
     def embedded(self, embed: Callable[[Condition | None], Tensor]) -> Tensor:
         """Return ``embed(condition)``, computed once a forward pass however many sites ask for it."""

@@ -1,4 +1,8 @@
-"""The language model: next words of captions, at any position, so that a prefix of picture tokens leaves it at home."""
+"""The language model: next words of a scene's captions, one behind another, at any position.
+
+What stands in front of a caption, another caption of the same scene, says something about it: so the model learns to
+use a context, which is what a prefix of picture tokens will be to it.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,15 @@ def _loss(model: GPT2LMHeadModel, ids: Tensor, labels: Tensor, positions: Tensor
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
+@torch.no_grad()
+def _perplexity(model: GPT2LMHeadModel, pairs: list[tuple[list[int], list[int]]], pad: int) -> float:
+    """Perplexity of each caption behind its context, which itself does not count."""
+    ids, labels = _rows([[*context, *caption] for context, caption in pairs], pad)
+    for row, (context, _) in enumerate(pairs):
+        labels[row, : len(context)] = -100
+    return round(math.exp(_loss(model, ids, labels).item()), 3)
+
+
 def make_language_model(
     folder: Path, tokenizer_folder: Path, *, steps: int, seed: int, scenes: int = 12_000
 ) -> dict[str, object]:
@@ -58,47 +71,61 @@ def make_language_model(
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(decayed([model], 0.01), lr=2e-3, betas=(0.9, 0.98))
 
-    def sequences(split: str, count: int) -> list[list[int]]:
-        captions = [caption for group in caption_groups(count, split) for caption in group]
-        return [[bos, *ids, eos] for ids in tokenizer(captions, add_special_tokens=False)["input_ids"]]
+    def ended(split: str, count: int) -> list[list[list[int]]]:
+        groups = caption_groups(count, split)
+        return [[[*ids, eos] for ids in tokenizer(group, add_special_tokens=False)["input_ids"]] for group in groups]
 
-    training, held_out = sequences("train", scenes), sequences("validation", 400)
-    ids, labels = _rows(training, pad)
-    lengths = torch.tensor([len(sequence) for sequence in training])
-    batch = 128
+    training, held_out = ended("train", scenes), ended("validation", 400)
+    batch, most = 80, 3
     progress = Progress("lm", steps)
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 2e-3)
-        rows = torch.randint(len(ids), (batch,), generator=generator)
-        longest = int(lengths[rows].max())
+        documents = []
+        for row in torch.randint(len(training), (batch,), generator=generator).tolist():
+            captions = training[row]
+            order = torch.randperm(len(captions), generator=generator)
+            count = int(torch.randint(1, most + 1, (1,), generator=generator))
+            documents.append([bos, *(token for place in order[:count].tolist() for token in captions[place])])
+        ids, labels = _rows(documents, pad)
+        longest = ids.shape[1]
         # Half of the captions begin somewhere along the positions, as they do behind a prefix of picture tokens.
         shift = torch.randint(_POSITIONS - longest + 1, (batch, 1), generator=generator)
         shift *= torch.rand(batch, 1, generator=generator) < 0.5
-        loss = _loss(model, ids[rows, :longest], labels[rows, :longest], torch.arange(longest) + shift)
+        loss = _loss(model, ids, labels, torch.arange(longest) + shift)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         progress.update(step, next_word=loss)
     model.eval()
-    with torch.no_grad():
-        perplexity = math.exp(_loss(model, *_rows(held_out, pad)).item())
-    counts = Counter(token for sequence in training for token in sequence[1:])
+    alone = [caption for captions in held_out for caption in captions]
+    perplexity = {
+        "held_out_perplexity": _perplexity(model, [([bos], caption) for caption in alone], pad),
+        "held_out_perplexity_behind_a_caption_of_the_same_scene": _perplexity(
+            model, [([bos, *captions[0]], captions[1]) for captions in held_out], pad
+        ),
+        "held_out_perplexity_behind_a_caption_of_another_scene": _perplexity(
+            model,
+            [([bos, *held_out[row - 1][0]], captions[1]) for row, captions in enumerate(held_out)],
+            pad,
+        ),
+    }
+    counts = Counter(token for captions in training for caption in captions for token in caption)
     total = sum(counts.values())
-    surprise = [-math.log(max(counts[token], 0.5) / total) for sequence in held_out for token in sequence[1:]]
+    surprise = [-math.log(max(counts[token], 0.5) / total) for caption in alone for token in caption]
     model.save_pretrained(folder)
     halve(folder / "model.safetensors")
     return {
-        "recipe": "GPT-2: next word of [BOS] caption [EOS], half of them at a random position offset",
+        "recipe": "GPT-2: next word of [BOS] then 1 to 3 captions of a scene, each with [EOS]; half at a random offset",
         "parameters": sum(p.numel() for p in model.parameters()),
         "scenes": scenes,
         "steps": steps,
         "batch": batch,
         "learning_rate": 2e-3,
         "loss": {key: round(value, 4) for key, value in progress.smooth.items()},
-        "held_out_perplexity": round(perplexity, 3),
+        **perplexity,
         "held_out_unigram_perplexity": round(math.exp(sum(surprise) / len(surprise)), 3),
         "seed": seed,
     }

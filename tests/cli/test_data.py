@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 
 from data_makers import noise_jpeg  # noqa: E402
 from data_server import running_server  # noqa: E402
+from faulty import plant_faults  # noqa: E402
 from published_files import publish  # noqa: E402
 
 from wlsup.cli import main  # noqa: E402
@@ -31,6 +32,11 @@ def server(monkeypatch):
     with running_server() as server:
         publish(server, monkeypatch)
         yield server
+
+
+@pytest.fixture
+def planted(tmp_path):
+    return plant_faults(tmp_path)
 
 
 @pytest.fixture
@@ -143,6 +149,19 @@ def test_check_ends_with_1_on_faults_and_0_without(capsys, tmp_path, table):
     assert run_json(capsys, "check", "table", *table)[0] == 0
     assert main(["data", "check", "folder", "--images", table[3]]) == 0
     assert "No fault in folder." in capsys.readouterr().out
+
+
+def test_ten_planted_kinds_of_faults_come_out_of_the_command_and_no_others(capsys, planted):
+    captions, images, expected = planted
+    arguments = ["table", "--captions", captions, "--images", images]
+    code, report = run_json(capsys, "check", *arguments, "--workers", 2)
+    assert code == 1
+    assert {(fault["kind"], fault["name"]) for fault in report["faulty"]} == expected
+    assert list(report["faults"].values()) == [1] * 10
+    assert report["clean"] is False
+    assert main(["data", "check", *arguments]) == 1
+    said = capsys.readouterr().out
+    assert all(kind in said and name in said for kind, name in expected)
 
 
 def test_names_from_files_cannot_speak_to_the_terminal(capsys, tmp_path):

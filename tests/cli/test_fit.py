@@ -47,7 +47,16 @@ def timeless(results):
 
 
 def test_the_folder_holds_what_was_promised(run):
-    for name in ("config.yaml", "plan.json", "env.json", "metrics.csv", "results.json", "run.log"):
+    for name in (
+        "config.yaml",
+        "plan.json",
+        "env.json",
+        "manifest.txt",
+        "metrics.csv",
+        "results.json",
+        "cost.json",
+        "run.log",
+    ):
         assert (run / name).stat().st_size > 0
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert list(run.glob("events.out.tfevents.*"))
@@ -86,6 +95,8 @@ def test_the_pretrained_score_comes_first_and_is_the_pretrained_encoders(run, re
 
     first = board.Scalars("knn/mini_shapes")[0]
     assert first.step == 0
+    difference = board.Scalars("knn_delta/mini_shapes")[0]
+    assert (difference.step, difference.value) == (0, 0.0)
     assert first.value == pytest.approx(results["knn"]["mini_shapes"]["pretrained"])
     encoder = build_vision(VisionSpec())
     data = CaptionDataModule(eval_sets=["mini_shapes"])

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from data_makers import noise_jpeg, write_tar
 
+WNIDS = ("n01440764", "n02123045")
+
 
 def write_tree(root: Path, files: dict[str, bytes]) -> Path:
     for name, content in files.items():
@@ -21,61 +23,74 @@ def write_tree(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(path, "w", method) as archive:
+    path.write_bytes(zipped(files, method))
+    return path
+
+
+def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
-    return path
+    return buffer.getvalue()
 
 
 def pixels(number: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (number, 3, 32, 32), dtype=np.uint8)
 
 
-def write_cifar(root: Path, classes: int = 10, per_batch: int = 20) -> Path:
+def cifar_files(classes: int = 10, per_batch: int = 20) -> dict[str, bytes]:
     ten = classes == 10
-    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
-    folder.mkdir(parents=True)
+    folder = "cifar-10-batches-py" if ten else "cifar-100-python"
     batches = [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"] if ten else ["train", "test"]
+    files = {}
     for seed, name in enumerate(batches):
-        labels = [i % classes for i in range(per_batch)]
         record = {
             "batch_label": name,
-            ("labels" if ten else "fine_labels"): labels,
+            ("labels" if ten else "fine_labels"): [i % classes for i in range(per_batch)],
             "data": pixels(per_batch, seed).reshape(per_batch, -1),
             "filenames": [f"{i}.png" for i in range(per_batch)],
         }
-        (folder / name).write_bytes(pickle.dumps(record, protocol=2))
+        files[f"{folder}/{name}"] = pickle.dumps(record, protocol=2)
     names = [f"class{i}" for i in range(classes)]
     meta = {"label_names": names} if ten else {"fine_label_names": names, "coarse_label_names": ["x"]}
-    (folder / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(meta, protocol=2))
-    return root
+    return files | {f"{folder}/{'batches.meta' if ten else 'meta'}": pickle.dumps(meta, protocol=2)}
+
+
+def write_cifar(root: Path, classes: int = 10, per_batch: int = 20) -> Path:
+    return write_tree(root, cifar_files(classes, per_batch))
+
+
+def svhn_files(number: int = 20) -> dict[str, bytes]:
+    from scipy.io import savemat
+
+    files = {}
+    for seed, split in enumerate(("train", "test")):
+        labels = np.array([i % 10 + 1 for i in range(number)], dtype=np.uint8).reshape(-1, 1)
+        buffer = io.BytesIO()
+        savemat(buffer, {"X": pixels(number, seed).transpose(2, 3, 1, 0), "y": labels})
+        files[f"{split}_32x32.mat"] = buffer.getvalue()
+    return files
 
 
 def write_svhn(root: Path, number: int = 20) -> Path:
-    from scipy.io import savemat
+    return write_tree(root, svhn_files(number))
 
-    root.mkdir(parents=True, exist_ok=True)
-    for seed, split in enumerate(("train", "test")):
-        labels = np.array([i % 10 + 1 for i in range(number)], dtype=np.uint8).reshape(-1, 1)
-        savemat(root / f"{split}_32x32.mat", {"X": pixels(number, seed).transpose(2, 3, 1, 0), "y": labels})
-    return root
+
+def dtd_files(classes=("banded", "dotted"), each: int = 3) -> dict[str, bytes]:
+    return {f"dtd/images/{c}/{c}_{i:04d}.jpg": noise_jpeg(i) for c in classes for i in range(3 * each)} | {
+        f"dtd/labels/{split}{partition}.txt": "".join(
+            f"{c}/{c}_{(i + (partition - 1)) % (3 * each):04d}.jpg\n"
+            for c in classes
+            for i in range(part * each, (part + 1) * each)
+        ).encode()
+        for part, split in enumerate(("train", "val", "test"))
+        for partition in (1, 2)
+    }
 
 
 def write_dtd(root: Path, classes=("banded", "dotted"), each: int = 3) -> Path:
-    write_tree(
-        root / "dtd",
-        {f"images/{c}/{c}_{i:04d}.jpg": noise_jpeg(i) for c in classes for i in range(3 * each)}
-        | {
-            f"labels/{split}{partition}.txt": "".join(
-                f"{c}/{c}_{(i + (partition - 1)) % (3 * each):04d}.jpg\n"
-                for c in classes
-                for i in range(part * each, (part + 1) * each)
-            ).encode()
-            for part, split in enumerate(("train", "val", "test"))
-            for partition in (1, 2)
-        },
-    )
-    return root
+    return write_tree(root, dtd_files(classes, each))
 
 
 def eurosat_files(each: int = 15) -> dict[str, bytes]:
@@ -84,15 +99,28 @@ def eurosat_files(each: int = 15) -> dict[str, bytes]:
     return {f"{c}/{c}_{i}.jpg": noise_jpeg(i, (64, 64)) for c in EUROSAT_COUNTS for i in range(1, each + 1)}
 
 
-WNIDS = ("n01440764", "n02123045")
-
-
 def write_imagenet(root: Path, each: int = 4) -> Path:
     return write_tree(
         root,
         {f"train/{w}/{w}_{i}.JPEG": noise_jpeg(i) for w in WNIDS for i in range(each)}
         | {f"val/{w}/ILSVRC2012_val_{n}{i:07d}.JPEG": noise_jpeg(i) for n, w in enumerate(WNIDS) for i in range(2)},
     )
+
+
+def write_published(root: Path, name: str) -> Path:
+    """Write the published eval set ``name`` below ``root``, where ``--data.root`` looks for it."""
+    folder = root / name
+    if name == "eurosat":
+        write_tree(folder / "2750", eurosat_files())
+    else:
+        {
+            "cifar10": write_cifar,
+            "cifar100": lambda folder: write_cifar(folder, classes=100, per_batch=120),
+            "svhn": write_svhn,
+            "dtd": write_dtd,
+            "imagenet": write_imagenet,
+        }[name](folder)
+    return root
 
 
 def coco_json(number: int = 12, captions: int = 5, first: int = 1) -> dict:
@@ -109,6 +137,34 @@ def coco_json(number: int = 12, captions: int = 5, first: int = 1) -> dict:
     }
 
 
+def write_coco(root: Path, document=None, packed=None, skip=()) -> dict[str, str]:
+    """Write COCO's annotations and pictures, in a folder or, with ``packed``, a zip; return captions and images."""
+    document = document or coco_json()
+    names = {record["file_name"]: record["id"] for record in document["images"] if record["file_name"] not in skip}
+    pictures = {f"train2017/{name}": noise_jpeg(number) for name, number in names.items()}
+    write_tree(root, {"annotations/captions_train2017.json": json.dumps(document).encode()})
+    if packed is None:
+        images = write_tree(root, pictures) / "train2017"
+    else:
+        images = write_zip(root / "train2017.zip", pictures, packed)
+    return {"captions": str(root / "annotations/captions_train2017.json"), "images": str(images)}
+
+
+CC3M_ROWS = [(f"caption of {i}", f"http://host{i % 3}.example/{i}.jpg?x={i}") for i in range(30)]
+
+
+def write_cc3m(root: Path, rows=CC3M_ROWS, dead=(), tail=b"") -> dict[str, str]:
+    """Write CC-3M's TSV and the folder that `wlsup data fetch` fills, without the ``dead`` of CC3M_ROWS."""
+    from wlsup.data.conceptual_captions import cc3m_image_name
+
+    text = "".join(f"{caption}\t{url}\n" for caption, url in rows).encode() + tail
+    pictures = {
+        f"images/{cc3m_image_name(url)}": noise_jpeg(i) for i, (_, url) in enumerate(CC3M_ROWS) if i not in dead
+    }
+    write_tree(root, {"Train_GCC-training.tsv": text, **pictures})
+    return {"captions": str(root / "Train_GCC-training.tsv"), "images": str(root / "images")}
+
+
 def img2dataset_shard(path: Path, rows: list[tuple[str, str, bytes]], first: int = 0, stats: bool = True) -> Path:
     """Write a shard as img2dataset does: jpg, txt and json by sample, and its statistics beside it."""
     files = {}
@@ -121,9 +177,32 @@ def img2dataset_shard(path: Path, rows: list[tuple[str, str, bytes]], first: int
     return write_tar(path, files)
 
 
-def png_of(array: np.ndarray) -> bytes:
-    from PIL import Image
+def write_cc3m_shards(folder: Path, shards: int = 3) -> dict[str, str]:
+    """Write all of CC3M_ROWS as img2dataset does."""
+    folder.mkdir(parents=True)
+    for shard in range(shards):
+        rows = [(url, caption, noise_jpeg(i)) for i, (caption, url) in enumerate(CC3M_ROWS) if i % shards == shard]
+        img2dataset_shard(folder / f"{shard:05d}.tar", rows, first=10_000 * shard)
+    return {"images": str(folder)}
 
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
+
+def imagenet_entries(each: int = 4) -> list[dict]:
+    return [
+        {
+            "filename": f"{w}_{i}.JPEG",
+            "wnid": w,
+            "title": f"my fish {i}.",
+            "tags": ["lake", "tench"],
+            "description": 'caught <a href="http://x">here</a> &amp; now\n\n5 < 6',
+        }
+        for w in WNIDS
+        for i in range(each)
+    ]
+
+
+def write_imagenet_captions(root: Path, entries=None, images: str = "train", each: int = 4) -> dict[str, str]:
+    """Write ImageNet's tree and ImageNet-Captions' JSON."""
+    write_imagenet(root / "ILSVRC", each)
+    path = root / "imagenet_captions.json"
+    path.write_text(json.dumps(imagenet_entries(each) if entries is None else entries))
+    return {"captions": str(path), "images": str(root / "ILSVRC" / images)}

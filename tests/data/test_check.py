@@ -4,77 +4,30 @@ import hashlib
 import io
 import json
 import os
-import struct
-import zlib
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_makers import encode, noise_jpeg, write_tar
+from faulty import noise, plant_faults, write_faulty_shards
+from native import coco_json, write_cc3m_shards, write_coco, zipped
 from PIL import Image
-from published_files import coco_captions, published, zipped
+from published_files import published
 
 from wlsup.data.check import check, check_folder, check_table
 from wlsup.data.check_report import FAULTS
-from wlsup.data.inspection import FileReader, PictureFacts, inspect_all, inspect_bytes
+from wlsup.data.conceptual_captions import cc3m_image_name
+from wlsup.data.inspection import FileReader, PictureFacts, inspect_bytes
+from wlsup.data.inspection_pool import inspect_all
+from wlsup.data.shard_index import INDEX_NAME, save_index
+from wlsup.data.shards import build_index
 from wlsup.errors import WlsupError
-
-
-def noise(size, seed=0, mode="RGB"):
-    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
-
-
-def broken(data):
-    """Bytes with the header and the end in place and rubbish between."""
-    return data[:200] + b"\xff\xc4\x00\x03\x99" * 40 + data[-2:]
-
-
-def bomb():
-    """A PNG of 144 megapixels by its header."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 12_000, 12_000, 1, 0, 0, 0, 0)
-    pixels = zlib.compress(bytes(1501 * 100))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 @pytest.fixture
 def planted(tmp_path):
-    """A folder with twenty good pictures and ten kinds of faults; return the paths and the faults."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    rows = [(f"good{i:02d}.jpg", f"a good picture number {i}") for i in range(20)]
-    files = {name: noise_jpeg(i) for i, (name, _) in enumerate(rows)}
-    long_jpeg = encode(noise((300, 300), 50), "JPEG", quality=95)
-    files["corrupt.jpg"] = broken(long_jpeg)
-    files["truncated.jpg"] = long_jpeg[: len(long_jpeg) * 2 // 3]
-    files["zero.jpg"] = b""
-    files["tiny.png"] = encode(noise((1, 1)))
-    files["huge.png"] = bomb()
-    files["copy.jpg"] = files["good03.jpg"]
-    rows += [(name, f"caption of {name}") for name in files if not name.startswith("good")]
-    rows += [("gone.jpg", "it is not there"), ("speechless.jpg", "  "), ("wordy.jpg", "word " * 10_000)]
-    files["speechless.jpg"], files["wordy.jpg"], files["latin.jpg"] = noise_jpeg(60), noise_jpeg(61), noise_jpeg(62)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    table = "image,caption\n" + "".join(f"{name},{caption}\n" for name, caption in rows)
-    (tmp_path / "captions.csv").write_bytes(table.encode() + b"latin.jpg,caf\xe9 au lait\n")
-    expected = {
-        ("corrupt", "corrupt.jpg"),
-        ("truncated", "truncated.jpg"),
-        ("zero-byte", "zero.jpg"),
-        ("tiny", "tiny.png"),
-        ("huge", "huge.png"),
-        ("duplicate", "good03.jpg"),
-        ("missing", "gone.jpg"),
-        ("captionless", "speechless.jpg"),
-        ("overlong", "wordy.jpg"),
-        ("not-utf-8", "latin.jpg"),
-    }
-    return str(tmp_path / "captions.csv"), str(folder), expected
+    return plant_faults(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -82,7 +35,7 @@ def test_ten_kinds_of_planted_faults_are_named_and_no_others(planted, workers):
     captions, images, expected = planted
     report = check_table(captions, images, workers=workers)
     assert {(fault.kind, fault.name) for fault in report.faults} == expected
-    assert len(report.faults) == len(expected) == 10
+    assert len(report.faults) == len(expected) == len({kind for kind, _ in expected}) == 10
     assert set(report.counts) <= set(FAULTS)
     assert report.pictures == 30
     assert json.loads(json.dumps(report.to_json()))["clean"] is False
@@ -147,8 +100,6 @@ def test_each_format_is_judged_by_its_own_end(kind, data):
 
 def test_rows_and_members_named_twice_and_refused_names(tmp_path):
     write_tar(tmp_path / "x.tar", {"a.jpg": noise_jpeg(0), "../b.jpg": noise_jpeg(1), "c.jpg": noise_jpeg(2)})
-    import tarfile
-
     with tarfile.open(tmp_path / "x.tar", "a") as archive:
         member = tarfile.TarInfo("./a.jpg")
         member.size = len(noise_jpeg(3))
@@ -167,26 +118,19 @@ def test_rows_and_members_named_twice_and_refused_names(tmp_path):
 
 
 def test_a_source_is_checked_through_its_own_reader(tmp_path):
-    (tmp_path / "captions.json").write_bytes(coco_captions("train", 1))
-    pictures = {f"train2017/{i:012d}.jpg": noise_jpeg(i) for i in (1, 2)}
-    pictures["train2017/000000000002.jpg"] = b""
+    paths = write_coco(tmp_path, coco_json(3))
+    pictures = {"train2017/000000000001.jpg": noise_jpeg(1), "train2017/000000000038.jpg": b""}
     (tmp_path / "train2017.zip").write_bytes(zipped(pictures))
-    report = check(
-        "coco", root=tmp_path, captions=str(tmp_path / "captions.json"), images=str(tmp_path / "train2017.zip")
-    )
+    report = check("coco", root=tmp_path, captions=paths["captions"], images=str(tmp_path / "train2017.zip"))
     assert {(fault.kind, fault.name) for fault in report.faults} == {
-        ("missing", "000000000003.jpg"),
-        ("zero-byte", "000000000002.jpg"),
+        ("missing", "000000000075.jpg"),
+        ("zero-byte", "000000000038.jpg"),
     }
     assert (report.pictures, report.captions) == (2, 10)
 
 
 def test_a_fetched_source_needs_no_paths(tmp_path):
-    (tmp_path / "coco/annotations").mkdir(parents=True)
-    (tmp_path / "coco/annotations/captions_train2017.json").write_bytes(coco_captions("train", 1))
-    (tmp_path / "coco/train2017").mkdir()
-    for i in (1, 2, 3):
-        (tmp_path / f"coco/train2017/{i:012d}.jpg").write_bytes(noise_jpeg(i))
+    write_coco(tmp_path / "coco", coco_json(3))
     report = check("coco", root=tmp_path)
     assert report.faults == []
     assert report.pictures == 3
@@ -231,6 +175,8 @@ def test_a_picture_that_kills_its_process_is_named_and_the_others_are_checked():
         ("tabel", {}, "Did you mean 'table'?"),
         ("table", {}, "needs --captions"),
         ("folder", {}, "needs --images"),
+        ("shards", {}, "needs --images DIR"),
+        ("shards", {"images": "."}, "no tar shards"),
         ("table", {"captions": "/nowhere.csv"}, "nowhere.csv"),
         ("coco", {}, "wlsup data fetch coco"),
     ],
@@ -280,11 +226,11 @@ def test_faults_of_eval_sets_are_found(fetched):
     path = fetched / "cifar10/cifar-10-batches-py/data_batch_2"
     path.write_bytes(path.read_bytes()[:-40])
     assert [(fault.kind, fault.name) for fault in check("cifar10", root=fetched).faults] == [("corrupt", "cifar10")]
-    (fetched / "dtd/dtd/images/banded/banded_0001.jpg").write_bytes(b"")
-    (fetched / "dtd/dtd/images/woven/woven_0003.jpg").unlink()
+    (fetched / "dtd/dtd/images/banded/banded_0000.jpg").write_bytes(b"")
+    (fetched / "dtd/dtd/images/dotted/dotted_0002.jpg").unlink()
     found = {(fault.kind, fault.name) for fault in check("dtd", root=fetched).faults}
-    assert ("zero-byte", "train/banded/banded_0001.jpg") in found
-    assert ("missing", "test/woven/woven_0003.jpg") in found
+    assert ("zero-byte", "train/banded/banded_0000.jpg") in found
+    assert ("missing", "test/dotted/dotted_0002.jpg") in found
 
 
 def test_too_few_samples_are_a_fault(fetched, monkeypatch):
@@ -295,3 +241,39 @@ def test_too_few_samples_are_a_fault(fetched, monkeypatch):
     monkeypatch.setitem(CATALOG, "svhn", replace(CATALOG["svhn"], samples={"all": 13}))
     details = [fault.detail for fault in check("svhn", root=fetched).faults if fault.name == "svhn"]
     assert details == ["12 samples, not 13 as published"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_faults_of_shards_and_of_their_samples_are_named_and_no_others(tmp_path, workers):
+    folder = write_faulty_shards(tmp_path / "shards")
+    report = check("shards", root=tmp_path, images=str(folder), workers=workers)
+    first = cc3m_image_name("http://x/00")
+    again = {("duplicate", max(first, "1/g"))}
+    assert {(fault.kind, fault.name) for fault in report.faults} == again | {
+        ("zero-byte", "1/a"),
+        ("truncated", "1/b"),
+        ("captionless", "1/c"),
+        ("missing", "1.tar"),
+        ("refused", "1.tar/../e.jpg"),
+        ("tiny", "1/f"),
+        ("overlong", "1/f"),
+        ("truncated", "2.tar"),
+        ("missing", "3.tar"),
+        ("corrupt", "4.tar"),
+        ("truncated", "5.tar"),
+    }
+    assert report.pictures == 4 + 4 + 5
+    assert check("conceptual_captions", root=tmp_path, images=str(folder)).faults == report.faults
+
+
+def test_clean_shards_are_clean_with_and_without_an_index(tmp_path):
+    folder = Path(write_cc3m_shards(tmp_path / "shards")["images"])
+    for _ in range(2):
+        report = check("shards", root=tmp_path, images=str(folder))
+        assert (report.faults, report.notes, report.pictures, report.captions) == ([], [], 30, 30)
+        save_index(build_index(list(folder.glob("*.tar"))), folder)
+    assert check("shards", root=tmp_path, images=str(folder / "00001.tar")).pictures == 10
+    (folder / INDEX_NAME).write_bytes(b"rot")
+    assert [(fault.kind, fault.name) for fault in check("shards", root=tmp_path, images=str(folder)).faults] == [
+        ("corrupt", INDEX_NAME)
+    ]

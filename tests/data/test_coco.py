@@ -1,32 +1,19 @@
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 
 import pytest
 from data_makers import epoch_of, noise_jpeg
-from native import coco_json, write_tree, write_zip
+from native import coco_json, write_coco
 
 from wlsup.data.datamodule import CaptionDataModule
 from wlsup.data.sources import SourceRequest, load_source
 from wlsup.errors import WlsupError
 
 
-def lay(tmp_path, document=None, packed=None, skip=()):
-    document = document or coco_json()
-    files = {
-        f"train2017/{r['file_name']}": noise_jpeg(r["id"]) for r in document["images"] if r["file_name"] not in skip
-    }
-    (tmp_path / "annotations").mkdir(exist_ok=True)
-    captions = tmp_path / "annotations" / "captions_train2017.json"
-    captions.write_text(json.dumps(document))
-    images = (
-        write_tree(tmp_path, files) / "train2017"
-        if packed is None
-        else write_zip(tmp_path / "train2017.zip", files, packed)
-    )
-    return SourceRequest(str(captions), str(images))
+def lay(tmp_path, *arguments, **options):
+    return SourceRequest(**write_coco(tmp_path, *arguments, **options))
 
 
 @pytest.mark.parametrize("packed", [None, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

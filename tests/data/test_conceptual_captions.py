@@ -6,21 +6,17 @@ import tracemalloc
 
 import pytest
 from data_makers import epoch_of, noise_jpeg, write_tar
-from native import img2dataset_shard, write_tree
+from native import CC3M_ROWS as ROWS
+from native import write_cc3m, write_cc3m_shards
 
 from wlsup.data.conceptual_captions import cc3m_image_name, read_tsv
 from wlsup.data.datamodule import CaptionDataModule
 from wlsup.data.sources import SourceRequest, load_source
 from wlsup.errors import WlsupError
 
-ROWS = [(f"caption of {i}", f"http://host{i % 3}.example/{i}.jpg?x={i}") for i in range(30)]
 
-
-def lay(tmp_path, rows=ROWS, dead=(), tail=b""):
-    tsv = tmp_path / "Train_GCC-training.tsv"
-    tsv.write_bytes("".join(f"{caption}\t{url}\n" for caption, url in rows).encode() + tail)
-    pictures = {cc3m_image_name(url): noise_jpeg(i) for i, (_, url) in enumerate(ROWS) if i not in dead}
-    return SourceRequest(str(tsv), str(write_tree(tmp_path / "images", pictures)))
+def lay(tmp_path, *arguments, **options):
+    return SourceRequest(**write_cc3m(tmp_path, *arguments, **options))
 
 
 def test_the_rule_for_names_is_the_documented_one():
@@ -96,11 +92,7 @@ def test_what_is_no_such_tsv_or_has_no_pictures_is_refused(tmp_path):
 
 def test_img2dataset_shards_give_the_same_keys_and_captions_as_the_folder(tmp_path):
     folder = load_source("conceptual_captions", lay(tmp_path))
-    (tmp_path / "shards").mkdir()
-    for shard in range(3):
-        rows = [(url, caption, noise_jpeg(i)) for i, (caption, url) in enumerate(ROWS) if i % 3 == shard]
-        img2dataset_shard(tmp_path / "shards" / f"{shard:05d}.tar", rows, first=10_000 * shard)
-    shards = load_source("conceptual_captions", SourceRequest(images=str(tmp_path / "shards")))
+    shards = load_source("conceptual_captions", SourceRequest(**write_cc3m_shards(tmp_path / "shards")))
     assert list(shards.keys) == list(folder.keys) and list(shards.captions) == list(folder.captions)
     for index in (0, 7, 29):
         assert (shards.pictures.read(index) == folder.pictures.read(index)).all()

@@ -13,7 +13,8 @@ from data_makers import epoch_of, noise_jpeg
 from jsonargparse import ArgumentParser
 
 from wlsup.batch import CaptionBatch, ImageBatch, ImageSpec
-from wlsup.data.datamodule import CaptionDataModule, ImageDataModule
+from wlsup.data.datamodule import CaptionDataModule
+from wlsup.data.image_datamodule import ImageDataModule
 from wlsup.errors import WlsupError
 
 

@@ -26,7 +26,7 @@ from wlsup.data.decoders import (
 from wlsup.data.images import UnreadableImage, decode_rgb
 from wlsup.data.jpeg import jpeg_header
 from wlsup.data.keyed import keyed_random
-from wlsup.data.transforms import TrainTransform
+from wlsup.data.transforms import TrainTransform, random_crop_box
 from wlsup.errors import WlsupError
 
 BICUBIC = InterpolationMode.BICUBIC
@@ -82,16 +82,23 @@ def test_a_reduced_jpeg_has_the_same_pixels_whatever_decodes_it(decoder, kind, r
     assert torch.equal(ours, reference)
 
 
+def enlarged(shared_data, short: int, number: int) -> list[bytes]:
+    with tarfile.open(shared_data / "flickr8k_1k" / "flickr8k_1k_160px.tar") as archive:
+        photos = [archive.extractfile(m).read() for m in archive if m.name.endswith(".jpg")][:number]
+    found = []
+    for data in photos:
+        small = Image.open(io.BytesIO(data))
+        scale = short / min(small.size)
+        large = small.resize((round(small.width * scale), round(small.height * scale)), Image.BICUBIC)
+        found.append(jpeg(large, quality=92))
+    return found
+
+
 @pytest.mark.parametrize("decoder", REDUCED)
 @pytest.mark.parametrize("short", [500, 1000])
 def test_a_reduced_view_of_a_photograph_is_exact_enough(shared_data, decoder, short):
     errors, mean = [], []
-    with tarfile.open(shared_data / "flickr8k_1k" / "flickr8k_1k_160px.tar") as archive:
-        photos = [archive.extractfile(m).read() for m in archive if m.name.endswith(".jpg")][:6]
-    for seed, data in enumerate(photos):
-        small = Image.open(io.BytesIO(data))
-        scale = short / min(small.size)
-        large = jpeg(small.resize((round(small.width * scale), round(small.height * scale)), Image.BICUBIC), quality=92)
+    for seed, large in enumerate(enlarged(shared_data, short, 6)):
         picture = open_picture(large)
         top, left = 8 * seed, 16 * seed
         height, width = (side // 8 * 8 - 96 for side in picture.shape[1:])  # on the grid: the same crop
@@ -102,6 +109,33 @@ def test_a_reduced_view_of_a_photograph_is_exact_enough(shared_data, decoder, sh
         errors.append(10 * torch.log10(255**2 / difference.square().mean()).item())
         mean.append(difference.abs().mean().item())
     assert min(errors) > 30 and max(mean) < 3, (errors, mean)
+
+
+def mean_difference_from_pillow(data: bytes, box: tuple[int, int, int, int], size: int) -> float:
+    top, left, height, width = box
+    pillow = Image.open(io.BytesIO(data)).crop((left, top, left + width, top + height))
+    theirs = torch.from_numpy(np.array(pillow.resize((size, size), Image.BICUBIC))).permute(2, 0, 1)
+    ours = open_picture(data).resized_crop(*box, size, BICUBIC)
+    return (ours.float() - theirs.float()).abs().mean().item()
+
+
+@pytest.mark.parametrize(("short", "most"), [(512, 1), (1024, 2)])
+def test_random_crops_stay_near_pillow_s_and_only_shrunk_ones_differ(shared_data, short, most):
+    differences = {True: [], False: []}
+    for number, data in enumerate(enlarged(shared_data, short, 12)):
+        sides = open_picture(data).shape[1:]
+        box = random_crop_box(*sides, (0.4, 1.0), (3 / 4, 4 / 3), keyed_random(0, 0, str(number)))
+        reduced = reduction_of(box[2], box[3], 224) > 1
+        differences[reduced].append(mean_difference_from_pillow(data, box, 224))
+    assert np.mean(differences[True] + differences[False]) < most and max(differences[False], default=0) < 0.1
+
+
+def test_edges_are_snapped_to_the_nearest_of_the_grid(shared_data):
+    # By a quarter of a pixel of the picture at 1/4: 2.8 levels. Cutting the fractions off would shift it by three
+    # quarters: 8.1 levels. A box on the grid gives 0.6.
+    data = enlarged(shared_data, 1024, 6)
+    assert np.mean([mean_difference_from_pillow(picture, (3, 3, 960, 960), 224) for picture in data]) < 4
+    assert np.mean([mean_difference_from_pillow(picture, (4, 4, 960, 960), 224) for picture in data]) < 1
 
 
 @pytest.mark.parametrize("decoder", ["pil", "torchvision"])

@@ -20,10 +20,12 @@ from pathlib import Path
 
 import pytest
 from data_server import running_server
-from published_files import publish, published, tar_gz, zipped
+from native import zipped
+from published_files import publish, published, tar_gz
 
-from wlsup.data.catalog import CATALOG, data_root, entry_status
+from wlsup.data.catalog import CATALOG
 from wlsup.data.fetch import fetch
+from wlsup.data.locate import data_root, entry_status
 from wlsup.data.transport import TransferPolicy
 from wlsup.data.unpack import unpack
 from wlsup.errors import WlsupError

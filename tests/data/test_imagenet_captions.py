@@ -1,31 +1,16 @@
 from __future__ import annotations
 
-import json
-
 import pytest
-from native import WNIDS, write_imagenet
+from native import imagenet_entries, write_imagenet_captions
 
 from wlsup.data.sources import SourceRequest, load_source
 from wlsup.errors import WlsupError
 
-ENTRIES = [
-    {
-        "filename": f"{w}_{i}.JPEG",
-        "wnid": w,
-        "title": f"my fish {i}.",
-        "tags": ["lake", "tench"],
-        "description": 'caught <a href="http://x">here</a> &amp; now\n\n5 < 6',
-    }
-    for w in WNIDS
-    for i in range(4)
-]
+ENTRIES = imagenet_entries()
 
 
-def lay(tmp_path, entries=ENTRIES, images="train"):
-    write_imagenet(tmp_path / "ILSVRC")
-    path = tmp_path / "imagenet_captions.json"
-    path.write_text(json.dumps(entries))
-    return SourceRequest(str(path), str(tmp_path / "ILSVRC" / images))
+def lay(tmp_path, *arguments, **options):
+    return SourceRequest(**write_imagenet_captions(tmp_path, *arguments, **options))
 
 
 @pytest.mark.parametrize("images", ["train", ""])

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from data_makers import noise_jpeg
-from native import eurosat_files, write_cifar, write_dtd, write_imagenet, write_svhn, write_tree, write_zip
+from native import eurosat_files, write_cifar, write_imagenet, write_published, write_tree, write_zip
 from scipy.io import savemat
 
 from wlsup.batch import ImageSpec
@@ -31,19 +31,6 @@ def to_bytes(item):
     return (item[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def lay(tmp_path, name):
-    root = tmp_path / name
-    {
-        "cifar10": lambda: write_cifar(root),
-        "cifar100": lambda: write_cifar(root, classes=100, per_batch=120),
-        "svhn": lambda: write_svhn(root),
-        "eurosat": lambda: write_tree(root / "2750", eurosat_files()),
-        "dtd": lambda: write_dtd(root),
-        "imagenet": lambda: write_imagenet(root),
-    }[name]()
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("name", "domain", "train", "test", "classes"),
     [
@@ -56,7 +43,7 @@ def lay(tmp_path, name):
     ],
 )
 def test_each_published_set_is_read_from_its_native_files_by_name(tmp_path, name, domain, train, test, classes):
-    lay(tmp_path, name)
+    write_published(tmp_path, name)
     built = build_eval_set(name, PLAIN, str(tmp_path))
     assert built.domain == domain and len(built.class_names) == classes and name in eval_set_names()
     if train is None:
@@ -81,19 +68,19 @@ def test_a_missing_set_says_what_lacks_where_it_looked_and_how_to_get_it(tmp_pat
         match=rf"(?s)'{name}' is not here: .* missing\. Looked in {tmp_path}/{name} and .*wlsup data fetch {name}",
     ):
         build_eval_set(name, PLAIN)
-    lay(tmp_path, name)
+    write_published(tmp_path, name)
     assert len(build_eval_set(name, PLAIN).test)  # by the environment variable
 
 
 def test_a_set_with_one_file_missing_names_that_file(tmp_path):
-    lay(tmp_path, "cifar10")
+    write_published(tmp_path, "cifar10")
     (tmp_path / "cifar10" / "cifar-10-batches-py" / "data_batch_3").unlink()
     with pytest.raises(WlsupError, match=r"not here: cifar-10-batches-py/data_batch_3 missing"):
         build_eval_set("cifar10", PLAIN, str(tmp_path))
 
 
 def test_cifar_pixels_and_labels_are_torchvision_s(tmp_path, monkeypatch):
-    lay(tmp_path, "cifar10")
+    write_published(tmp_path, "cifar10")
     folder = tmp_path / "cifar10"
     sums = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in (folder / "cifar-10-batches-py").iterdir()}
     theirs = torchvision.datasets.CIFAR10
@@ -108,7 +95,7 @@ def test_cifar_pixels_and_labels_are_torchvision_s(tmp_path, monkeypatch):
 
 
 def test_svhn_pixels_and_labels_are_torchvision_s(tmp_path, monkeypatch):
-    folder = lay(tmp_path, "svhn") / "svhn"
+    folder = write_published(tmp_path, "svhn") / "svhn"
     theirs = torchvision.datasets.SVHN
     monkeypatch.setattr(theirs, "_check_integrity", lambda self: True)
     built = build_eval_set("svhn", PLAIN, str(tmp_path))
@@ -120,7 +107,7 @@ def test_svhn_pixels_and_labels_are_torchvision_s(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("partition", [1, 2])
 def test_dtd_s_partition_is_torchvision_s_train_and_val_against_test(tmp_path, partition):
-    folder = lay(tmp_path, "dtd") / "dtd"
+    folder = write_published(tmp_path, "dtd") / "dtd"
     write_tree(tmp_path / "tv", {})
     (tmp_path / "tv").mkdir()
     os.symlink(folder, tmp_path / "tv" / "dtd")
@@ -236,7 +223,7 @@ def test_a_damaged_svhn_file_or_wrong_counts_are_refused(tmp_path):
 
 
 def test_dtd_lists_that_leak_or_name_absent_pictures_are_refused(tmp_path):
-    root = lay(tmp_path, "dtd") / "dtd" / "dtd"
+    root = write_published(tmp_path, "dtd") / "dtd" / "dtd"
     whole = (root / "labels" / "test1.txt").read_text()
     (root / "labels" / "test1.txt").write_text(whole + "banded/banded_0000.jpg\n")
     with pytest.raises(WlsupError, match="share pictures, such as 'banded/banded_0000.jpg'"):
@@ -247,7 +234,7 @@ def test_dtd_lists_that_leak_or_name_absent_pictures_are_refused(tmp_path):
 
 
 def test_the_data_module_finds_published_sets_under_its_root(tmp_path):
-    lay(tmp_path, "svhn")
+    write_published(tmp_path, "svhn")
     module = CaptionDataModule(eval_sets=["svhn", EvalSetSpec("near", kind="svhn", domain="in")], root=str(tmp_path))
     module.image_spec = PLAIN
     assert [(built.name, built.domain) for built in module.eval_datasets()] == [("svhn", "out"), ("near", "in")]

@@ -115,33 +115,81 @@ def test_two_ranks_with_two_workers_and_seven_shards_see_every_key_once_also_aft
         assert begun + rest == whole[rank][0] and len(rest) == 2
 
 
-SCRIPT = """
-import sys, time, torch
-from types import SimpleNamespace
-torch.set_num_threads(1)
+TRAINING = """
+import sys, time
 sys.path[:0] = {path!r}
-from test_shards import module_of
-module = module_of({folder!r}, 0, 1, num_workers=2)
-for number, batch in enumerate(module.train_dataloader()):
-    print(" ".join(batch.keys), flush=True)
-    if number == 3:
-        time.sleep(600)
+import lightning, torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from wlsup.batch import ImageSpec
+from wlsup.data.datamodule import CaptionDataModule
+
+torch.set_num_threads(1)
+out, stop, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None
+
+
+class Recorder(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.image_spec = ImageSpec(size=16, resize=18)
+        self.layer = torch.nn.Linear(3 * 16 * 16, 2)
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == stop:
+            open(f"{{out}}.stopped.{{self.global_rank}}", "w").close()
+            time.sleep(600)  # until it is killed
+        with open(f"{{out}}.{{self.global_rank}}", "a") as file:
+            print(self.global_step, self.current_epoch, *batch.keys, file=file, flush=True)
+        return self.layer(batch.images.flatten(1)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+data = CaptionDataModule("shards", images={folder!r}, validation_pairs=1, batch_size=5, num_workers=2)
+lightning.Trainer(
+    max_epochs=2, accelerator="cpu", strategy="ddp", devices=2, logger=False, enable_progress_bar=False,
+    enable_model_summary=False, limit_val_batches=0, default_root_dir={saved!r},
+    callbacks=[ModelCheckpoint({saved!r}, every_n_train_steps=4, save_top_k=-1, filename="{{step}}")],
+).fit(Recorder(), data, ckpt_path=resume)
 """
+
+
+def steps_of(out: Path, rank: int) -> list[tuple[int, int, list[str]]]:
+    lines = [line.split() for line in Path(f"{out}.{rank}").read_text().splitlines()]
+    return [(int(step), int(epoch), keys) for step, epoch, *keys in lines]
 
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_a_run_killed_by_sigkill_goes_on_where_it_was(seven):
-    whole = [batch.keys for batch in module_of(seven, num_workers=2).train_dataloader()]
-    code = SCRIPT.format(path=[str(Path(__file__).parent), *filter(None, sys.path)], folder=str(seven))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    begun = [process.stdout.readline().split() for _ in range(4)]
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    module = module_of(seven, num_workers=2)
-    loader = module.train_dataloader()
-    loader.load_state_dict({"batches": 4})
-    assert begun + [batch.keys for batch in loader] == whole
+def test_training_on_two_ranks_killed_in_mid_epoch_and_resumed_visits_every_key_once(seven, tmp_path):
+    saved, script = tmp_path / "saved", tmp_path / "train.py"
+    path = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
+    script.write_text(TRAINING.format(path=path, folder=str(seven), saved=str(saved)))
+    killed, resumed = tmp_path / "killed", tmp_path / "resumed"
+    process = subprocess.Popen([sys.executable, str(script), str(killed), "10"], start_new_session=True)
+    try:  # epochs have six steps: a checkpoint at the eighth, death in the eleventh, both in the second epoch
+        deadline = time.monotonic() + 300
+        while len(list(tmp_path.glob("killed.stopped.*"))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline, "the first run did not come so far"
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    checkpoint = str(saved / "step=8.ckpt")
+    subprocess.run([sys.executable, str(script), str(resumed), "-1", checkpoint], check=True, timeout=300)
+
+    manifest = module_of(seven).manifest
+    seen: dict[int, list[str]] = {0: [], 1: []}
+    for rank in range(2):
+        before, after = steps_of(killed, rank), steps_of(resumed, rank)
+        assert [step for step, _, _ in before] == list(range(10)) and [step for step, _, _ in after] == [8, 9, 10, 11]
+        assert before[8:] == after[:2]  # what the dead run had gone on to see
+        loader = module_of(seven, rank, 2).train_dataloader()
+        for epoch in range(2):
+            visited = [keys for _, number, keys in [*before[:8], *after] if number == epoch]
+            assert visited == [batch.keys for batch in epoch_of(None, epoch, loader)]
+            seen[epoch] += [key for keys in visited for key in keys]
+    assert len(manifest) == 60 and all(sorted(keys) == manifest for keys in seen.values())
 
 
 def test_a_shard_cut_in_half_missing_or_added_is_noticed_before_training(seven):
@@ -187,6 +235,13 @@ def test_a_shard_that_shrinks_under_a_run_gives_unreadable_pictures(seven):
     os.unlink(seven / "00002.tar")
     with pytest.raises(UnreadableImage, match="No such file"):
         pictures.bytes_of(20)
+
+
+def test_a_file_of_a_gigantic_stated_length_is_refused_before_it_is_read(seven):
+    index = load_index(seven)
+    index.length[3] = 1 << 40
+    with pytest.raises(UnreadableImage, match="1,099,511,627,776 bytes, more than 268,435,456"):
+        ShardPictures(seven, index).bytes_of(3)
 
 
 def test_foreign_shards_are_indexed_once_and_their_faults_counted(tmp_path, caplog):

@@ -87,7 +87,7 @@ def test_what_is_no_tar_is_refused(tmp_path):
         pass
     with pytest.raises(WlsupError, match="gunzip x.tar.gz"):
         open_store(tmp_path / "x.tar.gz")
-    with pytest.raises(WlsupError, match=r"images: no such folder or archive: .*absent"):
+    with pytest.raises(WlsupError, match=r"images: no such file or folder: .*absent"):
         open_store(tmp_path / "absent")
     (tmp_path / "x.7z").write_bytes(b"7z")
     with pytest.raises(WlsupError, match="neither a folder nor a .tar"):

@@ -6,7 +6,19 @@ import subprocess
 import sys
 
 import pytest
+from data_makers import noise_jpeg
+from native import (
+    coco_json,
+    imagenet_entries,
+    img2dataset_shard,
+    write_cc3m,
+    write_coco,
+    write_imagenet_captions,
+    write_tree,
+)
 
+from wlsup.data.conceptual_captions import cc3m_image_name
+from wlsup.data.datamodule import CaptionDataModule
 from wlsup.data.subset import hash_order, manifest_sha256, split_by_hash, write_manifest
 from wlsup.errors import WlsupError
 
@@ -82,3 +94,80 @@ def test_the_manifest_s_hash_is_that_of_the_file(tmp_path):
 def test_impossible_sizes_are_refused_with_the_possible_ones(pairs, validation, message):
     with pytest.raises(WlsupError, match=message):
         split_by_hash(KEYS, pairs, validation)
+
+
+def write_some_of_a_table(root, order):
+    names = [f"{i:03d}.jpg" for i in order]
+    files = {f"images/{name}": noise_jpeg(int(name[:3])) for name in names}
+    table = "image,caption\n" + "".join(f"{name},picture {name}\n" for name in names)
+    write_tree(root, {**files, "captions.csv": table.encode()})
+    return {"captions": str(root / "captions.csv"), "images": str(root / "images")}
+
+
+def write_some_of_coco(root, order):
+    document, whole = coco_json(60), list(order)
+    ids = [document["images"][i]["id"] for i in whole]
+    document["images"] = [document["images"][i] for i in whole]
+    document["annotations"] = [a for i in ids for a in document["annotations"] if a["image_id"] == i]
+    return write_coco(root, document)
+
+
+URLS = [f"http://host.example/{i}.jpg" for i in range(60)]
+
+
+def write_some_of_cc3m(root, order):
+    paths = write_cc3m(root, [(f"caption {i}", URLS[i]) for i in order], dead=range(30))
+    write_tree(root / "images", {cc3m_image_name(URLS[i]): noise_jpeg(i) for i in order})
+    return paths
+
+
+def write_some_shards(root, order):
+    root.mkdir()
+    order = list(order)
+    for shard in range(4):
+        rows = [(URLS[i], f"caption {i}", noise_jpeg(i)) for i in order[shard::4]]
+        img2dataset_shard(root / f"{shard}.tar", rows, stats=False)
+    return {"images": str(root)}
+
+
+def write_some_of_imagenet_captions(root, order):
+    entries = imagenet_entries(30)
+    return write_imagenet_captions(root, [entries[i] for i in order], each=30)
+
+
+SOURCES = {
+    "table": ("table", write_some_of_a_table, lambda i: f"{i:03d}.jpg"),
+    "coco": ("coco", write_some_of_coco, lambda i: coco_json(60)["images"][i]["file_name"]),
+    "CC-3M, folder": ("conceptual_captions", write_some_of_cc3m, lambda i: cc3m_image_name(URLS[i])),
+    "CC-3M, shards": ("conceptual_captions", write_some_shards, lambda i: cc3m_image_name(URLS[i])),
+    "shards": ("shards", write_some_shards, lambda i: cc3m_image_name(URLS[i])),
+    "imagenet_captions": (
+        "imagenet_captions",
+        write_some_of_imagenet_captions,
+        lambda i: "{wnid}/{filename}".format(**imagenet_entries(30)[i]),
+    ),
+}
+
+
+def chosen_from(name, paths, pairs):
+    """Return the training keys and the held-out ones."""
+    module = CaptionDataModule(name, **paths, pairs=pairs, validation_pairs=8)
+    module.setup()
+    return module.manifest, list(module._validation.keys)
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_each_source_gives_the_same_pairs_reordered_and_without_a_fifth_of_the_others(case, tmp_path):
+    name, write, key = SOURCES[case]
+    whole = write(tmp_path / "whole", range(60))
+    train, held_out = chosen_from(name, whole, 20)
+    fewer, same = chosen_from(name, whole, 10)
+    assert (len(train), len(fewer), len(held_out)) == (20, 10, 8)
+    assert set(fewer) < set(train) and same == held_out and not set(train) & set(held_out)
+    outside = [i for i in range(60) if key(i) not in {*train, *held_out}]
+    assert len(outside) == 60 - 28
+    lost = random.Random(0).sample(outside, round(0.2 * len(outside)))
+    order = random.Random(1).sample([i for i in range(60) if i not in lost], 60 - len(lost))
+    lossy = write(tmp_path / "lossy", order)
+    assert chosen_from(name, lossy, 20) == (train, held_out)
+    assert chosen_from(name, lossy, 10) == (fewer, held_out)

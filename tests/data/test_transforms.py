@@ -107,7 +107,9 @@ def test_evaluation_is_torchvision_s_resize_centre_crop_and_normalise():
 
 def test_normalising_a_batch_is_normalising_each(spec):
     views = [torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8) for _ in range(3)]
+    views[1] = views[1].permute(1, 2, 0).contiguous().permute(2, 0, 1)
     batch = normalize(views, spec)
+    assert batch.is_contiguous() and torch.equal(batch, normalize(torch.stack(views), spec))
     assert batch.dtype == torch.float32 and batch.shape == (3, 3, 16, 16)
     for view, row in zip(views, batch, strict=True):
         assert torch.equal(normalize(view, spec), row)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wlsup.batch import Condition, ConditionSlot
 from wlsup.errors import WlsupError
 
-__all__ = ["ADAPTERS", "Adapter", "ConditionEmbedding", "register"]
+__all__ = ["ADAPTERS", "Adapter", "ConditionEmbedding", "register", "top_blocks"]
 
 ADAPTERS: dict[str, type[Adapter]] = {}
 
@@ -82,6 +82,19 @@ class Adapter(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def top_blocks(depth: int, top: int | None) -> range:
+    """Return the positions of the last ``top`` blocks of ``depth``, of all for None.
+
+    With adapters in the last blocks only, the frozen blocks below keep no activation for the backward pass.
+
+    Raises:
+        WlsupError: ``top`` is not between 1 and ``depth``.
+    """
+    if top is not None and not 1 <= top <= depth:
+        raise WlsupError(f"top must be between 1 and the encoder's {depth} blocks, not {top}; leave it out for all.")
+    return range(0 if top is None else depth - top, depth)
 
 
 def _output_hook(adapt: Callable[[Tensor, ConditionSlot], Tensor], slot: ConditionSlot) -> Callable:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from wlsup.adapters.base import Adapter, ConditionEmbedding, register
+from wlsup.adapters.base import Adapter, ConditionEmbedding, register, top_blocks
 from wlsup.batch import ConditionSlot
 
 __all__ = ["Bottleneck", "BottleneckAdapter"]
@@ -56,18 +56,28 @@ class BottleneckAdapter(Adapter):
         condition_width: C, channels of the pooled caption feature.
         hidden: channels of each bottleneck (Houlsby et al. use 64 at D = 768).
         embedding_width: channels of the shared condition embedding.
+        top: how many blocks get them, counted from the last; None: all.
     """
 
     def __init__(
-        self, width: int, depth: int, condition_width: int, hidden: int = 64, embedding_width: int = 64
+        self,
+        width: int,
+        depth: int,
+        condition_width: int,
+        hidden: int = 64,
+        embedding_width: int = 64,
+        top: int | None = None,
     ) -> None:
         super().__init__(width, depth, condition_width)
+        self.adapted = top_blocks(depth, top)
         self.embedding = ConditionEmbedding(condition_width, embedding_width)
-        self.bottlenecks = nn.ModuleList(Bottleneck(width, hidden, embedding_width) for _ in range(2 * depth))
+        self.bottlenecks = nn.ModuleList(
+            Bottleneck(width, hidden, embedding_width) for _ in range(2 * len(self.adapted))
+        )
 
     def sites(self, encoder: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor, ConditionSlot], Tensor]]]:
-        """Yield each block's attention and MLP, in order, with the site's bottleneck."""
-        branches = [branch for block in encoder.blocks for branch in (block.attn, block.mlp)]
+        """Yield each adapted block's attention and MLP, in order, with the site's bottleneck."""
+        branches = [branch for block in (encoder.blocks[i] for i in self.adapted) for branch in (block.attn, block.mlp)]
         for branch, bottleneck in zip(branches, self.bottlenecks, strict=True):
             yield branch, self._through(bottleneck)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from wlsup.adapters.base import Adapter, ConditionEmbedding, register
+from wlsup.adapters.base import Adapter, ConditionEmbedding, register, top_blocks
 from wlsup.batch import ConditionSlot
 
 __all__ = ["FiLM"]
@@ -28,19 +28,23 @@ class FiLM(Adapter):
         depth: number of the encoder's blocks.
         condition_width: C, channels of the pooled caption feature.
         embedding_width: channels of the shared condition embedding that each site's generator reads.
+        top: how many blocks are modulated, counted from the last; None: all.
     """
 
-    def __init__(self, width: int, depth: int, condition_width: int, embedding_width: int = 64) -> None:
+    def __init__(
+        self, width: int, depth: int, condition_width: int, embedding_width: int = 64, top: int | None = None
+    ) -> None:
         super().__init__(width, depth, condition_width)
+        self.adapted = top_blocks(depth, top)
         self.embedding = ConditionEmbedding(condition_width, embedding_width)
-        self.generators = nn.ModuleList(nn.Linear(embedding_width, 2 * width) for _ in range(2 * depth))
+        self.generators = nn.ModuleList(nn.Linear(embedding_width, 2 * width) for _ in range(2 * len(self.adapted)))
         for generator in self.generators:
             nn.init.zeros_(generator.weight)
             nn.init.zeros_(generator.bias)
 
     def sites(self, encoder: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor, ConditionSlot], Tensor]]]:
-        """Yield each block's two norms, in order, with the site's modulation."""
-        norms = [norm for block in encoder.blocks for norm in (block.norm1, block.norm2)]
+        """Yield each adapted block's two norms, in order, with the site's modulation."""
+        norms = [norm for block in (encoder.blocks[i] for i in self.adapted) for norm in (block.norm1, block.norm2)]
         for norm, generator in zip(norms, self.generators, strict=True):
             yield norm, self._modulation(generator)
 

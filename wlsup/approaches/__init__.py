@@ -16,9 +16,22 @@ if TYPE_CHECKING:
 __all__ = ["APPROACHES", "approach_class"]
 
 APPROACHES: dict[str, str] = {
+    "mae_lm": "wlsup.approaches.mae_lm:MaeLM",
     "mae_cl": "wlsup.approaches.mae_cl:MaeCL",
     "bottleneck": "wlsup.approaches.bottleneck:BottleneckApproach",
     "film": "wlsup.approaches.film:FilmApproach",
+    "token_replay": "wlsup.approaches.token_replay:TokenReplayApproach",
+    "merged_attention": "wlsup.approaches.merged_attention:MergedAttentionApproach",
+    "co_attention": "wlsup.approaches.co_attention:CoAttentionApproach",
+    "asymmetric_attention": "wlsup.approaches.asymmetric_attention:AsymmetricAttentionApproach",
+    "linear_map": "wlsup.approaches.linear_map:LinearMap",
+    "reprogramming": "wlsup.approaches.reprogramming:ReprogrammingApproach",
+    "cross_modal_reprogramming": "wlsup.approaches.cross_modal_reprogramming:CrossModalReprogramming",
+    "lst": "wlsup.approaches.lst:LadderSideTuning",
+    "selective_k": "wlsup.approaches.selective_k:SelectiveK",
+    "full": "wlsup.approaches.full:Full",
+    "lit": "wlsup.approaches.lit:Lit",
+    "lora": "wlsup.approaches.lora:Lora",
 }
 
 

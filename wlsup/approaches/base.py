@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning
 from torch import Tensor
 
-from wlsup.batch import CaptionBatch, ImageSpec
-from wlsup.errors import WlsupError
+from wlsup.approaches.checkpoint import check_checkpoint, pack_checkpoint
+from wlsup.batch import CaptionBatch, ImageSpec, VisionOutput
 from wlsup.models.heads import ContrastiveHead
 from wlsup.models.vision import VisionEncoder
 from wlsup.objectives.contrastive import clamp_logit_scale_
+from wlsup.objectives.regularizers import Regularizer, RegularizerSpec, without_adapters
 from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
 from wlsup.plan import TrainPlan
 
@@ -26,17 +27,23 @@ class Approach(lightning.LightningModule):
 
     Args:
         optimizer: which optimizer and schedule; learning rates and weight decays are the plan's.
+        regularizer: what holds the encoder near the pretrained one, and how hard.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    untouched: ClassVar[bool] = False
+    """The plan leaves the encoder's function as it is: what it makes of a picture never changes, and may be cached."""
+    cacheable: ClassVar[Literal["", "pooled", "tokens"]] = ""
+    """What `losses` and `embed` take of pictures, and only through `encode`; "" where they need the pictures."""
+    identity_at_start: ClassVar[bool] = True
+    """At step 0 the encoder computes the pretrained function."""
 
-    def __init__(self, optimizer: OptimizerSpec) -> None:
+    def __init__(self, optimizer: OptimizerSpec, regularizer: RegularizerSpec = RegularizerSpec()) -> None:
         super().__init__()
         self.optimizer_spec = optimizer
-        self.strict_loading = (
-            False  # checkpoints hold trained tensors only; on_load_checkpoint checks that all are there
-        )
+        self.regularizer = Regularizer(regularizer)
+        self.strict_loading = False  # checkpoints hold trained tensors only; check_checkpoint sees that all are there
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -70,9 +77,28 @@ class Approach(lightning.LightningModule):
         """(B, 3, H, W) -> (B, D): the one door of every evaluation."""
         return self.encoder.features(images)
 
+    def encode(self, batch: CaptionBatch) -> VisionOutput:
+        """Return what the encoder makes of whole pictures under the null condition; of the cache where there is one."""
+        return self.encoder(batch.images) if batch.encoded is None else batch.encoded
+
+    def pretrained(self) -> VisionEncoder:
+        """Return the encoder as it was before training, a teacher for the regulariser; called before step 1."""
+        return without_adapters(self.encoder)
+
+    def measure(self, datamodule: Any) -> dict[str, Any]:
+        """Return what is to be measured of this approach beside k-NN, when it is trained; in eval mode, on rank 0.
+
+        Returns:
+            Nothing, or {"title": str, "rows": [{"what": str, "value": float, "unit": "%" | "nats" | "", "chance": float
+            or None}], "note": str}, which results.json holds under "task" and the terminal shows.
+        """
+        return {}
+
     def setup(self, stage: str) -> None:
-        """Follow the plan before the optimizer is made."""
+        """Follow the plan before the optimizer is made; remember where training starts."""
         self.plan.apply(self)
+        parameters = {planned.name: planned.parameter for planned in self.plan.resolve(self) if planned.rule.trains}
+        self.regularizer.begin(self.features, self.pretrained, parameters, self.image_spec.size)
 
     def train(self, mode: bool = True) -> Approach:
         """Train mode for what trains only: frozen modules stay in eval mode through every epoch."""
@@ -81,9 +107,13 @@ class Approach(lightning.LightningModule):
             self.plan.set_train_mode(self)
         return self
 
+    def training_losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
+        """Return `losses` with the regulariser's terms added."""
+        return self.regularizer.add(self.losses(batch), self.features, batch)
+
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         """Return the loss of one batch of pairs and log its parts."""
-        losses = self.losses(batch)
+        losses = self.training_losses(batch)
         parts = {f"train/{name}": value.detach() for name, value in losses.items() if name != "loss"}
         self.log_dict(parts, batch_size=len(batch))
         self.log("train/loss", losses["loss"].detach(), prog_bar=True, batch_size=len(batch))
@@ -108,42 +138,10 @@ class Approach(lightning.LightningModule):
         schedule = build_schedule(self.optimizer_spec, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def saved_names(self) -> set[str]:
-        """Names of what a checkpoint holds: trained parameters, and the buffers of the modules that own one."""
-        trained = set(self.plan.trained_names(self))
-        owners = {name.rpartition(".")[0] for name in trained}
-        buffers = {name for name, _ in self.named_buffers() if name.rpartition(".")[0] in owners}
-        return (trained | buffers) & set(self.state_dict(keep_vars=True))
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained tensors only, and say on what they stand."""
-        keep = self.saved_names()
-        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in keep}
-        checkpoint["wlsup"] = {"approach": self.name, "bases": self.bases, "plan": self.plan.describe(self)}
+        pack_checkpoint(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another approach, of another base model, or with other tensors.
-
-        Raises:
-            WlsupError: naming the approach, the base model or the tensors that differ.
-        """
-        said = checkpoint.get("wlsup")
-        if said is None:
-            raise WlsupError("This checkpoint was not written by wlsup: it does not say its approach and base model.")
-        if said["approach"] != self.name:
-            raise WlsupError(f"This checkpoint is of approach {said['approach']!r}; the run is of {self.name!r}.")
-        for role, base in self.bases.items():
-            theirs = said["bases"].get(role, {"id": "none", "sha256": ""})
-            if theirs["sha256"] != base["sha256"]:
-                raise WlsupError(
-                    f"This checkpoint stands on another {role}: {theirs['id']} ({theirs['sha256'][:12]}), not "
-                    f"{base['id']} ({base['sha256'][:12]}). Resume with the same base weights."
-                )
-        shapes = {name: tuple(t.shape) for name, t in self.state_dict().items() if name in self.saved_names()}
-        given = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
-        if differing := sorted(n for n in shapes.keys() | given.keys() if shapes.get(n) != given.get(n)):
-            raise WlsupError(
-                f"This checkpoint does not fit the configuration: {len(differing)} tensors differ, first "
-                f"{differing[0]} ({given.get(differing[0])} saved, {shapes.get(differing[0])} here). "
-                "Use the run's own config.yaml."
-            )
+        """Refuse a checkpoint of another approach, of another base model, or with other tensors."""
+        check_checkpoint(self, checkpoint)

@@ -11,6 +11,7 @@ from wlsup.models.heads import ContrastiveHead
 from wlsup.models.mae import DecoderSpec, build_mae
 from wlsup.models.text import TextEncoder, TextSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec
+from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
@@ -30,10 +31,12 @@ class BottleneckApproach(Approach):
         text: the frozen text encoder.
         objective: losses, their weights, mask ratio, caption dropout.
         optimizer: optimizer and schedule.
+        regularizer: what holds the encoder near the pretrained one.
         lr: of all that trains, after warm-up.
         weight_decay: of matrices.
         hidden: channels of each bottleneck.
         embedding_width: channels of the condition embedding.
+        top: how many of the last blocks get bottlenecks; None: all.
         train_decoder: whether MAE's decoder trains; by default only where it has no pretrained weights.
     """
 
@@ -47,13 +50,15 @@ class BottleneckApproach(Approach):
         text: TextSpec = TextSpec(),
         objective: ObjectiveSpec = ObjectiveSpec(),
         optimizer: OptimizerSpec = OptimizerSpec(),
+        regularizer: RegularizerSpec = RegularizerSpec(),
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         hidden: int = 64,
         embedding_width: int = 64,
+        top: int | None = None,
         train_decoder: bool | None = None,
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(optimizer, regularizer)
         self.objective, self.lr, self.weight_decay = objective, lr, weight_decay
         self.mae = build_mae(encoder, decoder)
         self.text = TextEncoder(text)
@@ -66,6 +71,7 @@ class BottleneckApproach(Approach):
             self.text.width,
             hidden=hidden,
             embedding_width=embedding_width,
+            top=top,
         ).attach(self.encoder)
         self.train_decoder = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
 

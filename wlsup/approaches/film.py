@@ -11,6 +11,7 @@ from wlsup.models.heads import ContrastiveHead
 from wlsup.models.mae import DecoderSpec, build_mae
 from wlsup.models.text import TextEncoder, TextSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec
+from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
@@ -30,9 +31,11 @@ class FilmApproach(Approach):
         text: the frozen text encoder.
         objective: losses, their weights, mask ratio, caption dropout.
         optimizer: optimizer and schedule.
+        regularizer: what holds the encoder near the pretrained one.
         lr: of all that trains, after warm-up.
         weight_decay: of matrices.
         embedding_width: channels of the condition embedding that every site's generator reads.
+        top: how many of the last blocks get the adapter; None: all.
         train_decoder: whether MAE's decoder trains; by default only where it has no pretrained weights.
     """
 
@@ -46,12 +49,14 @@ class FilmApproach(Approach):
         text: TextSpec = TextSpec(),
         objective: ObjectiveSpec = ObjectiveSpec(),
         optimizer: OptimizerSpec = OptimizerSpec(),
+        regularizer: RegularizerSpec = RegularizerSpec(),
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         embedding_width: int = 64,
+        top: int | None = None,
         train_decoder: bool | None = None,
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(optimizer, regularizer)
         self.objective, self.lr, self.weight_decay = objective, lr, weight_decay
         self.mae = build_mae(encoder, decoder)
         self.text = TextEncoder(text)
@@ -59,7 +64,7 @@ class FilmApproach(Approach):
             self.encoder.embed_dim, self.text.width, objective.projection_width, objective.contrastive
         )
         self.adapter = FiLM(
-            self.encoder.embed_dim, len(self.encoder.blocks), self.text.width, embedding_width=embedding_width
+            self.encoder.embed_dim, len(self.encoder.blocks), self.text.width, embedding_width=embedding_width, top=top
         ).attach(self.encoder)
         self.train_decoder = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
 

@@ -10,6 +10,7 @@ from wlsup.models.heads import ContrastiveHead
 from wlsup.models.mae import DecoderSpec, build_mae
 from wlsup.models.text import TextEncoder, TextSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec
+from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
@@ -28,6 +29,7 @@ class MaeCL(Approach):
         text: the frozen text encoder.
         objective: losses, their weights, mask ratio, caption dropout.
         optimizer: optimizer and schedule.
+        regularizer: what holds the encoder near the pretrained one.
         lr: of all that trains, after warm-up.
         weight_decay: of matrices.
         encoder_lr: of the pretrained encoder and decoder, lower than that of the fresh heads.
@@ -43,11 +45,12 @@ class MaeCL(Approach):
         text: TextSpec = TextSpec(),
         objective: ObjectiveSpec = ObjectiveSpec(),
         optimizer: OptimizerSpec = OptimizerSpec(),
+        regularizer: RegularizerSpec = RegularizerSpec(),
         lr: float = 1e-3,
         weight_decay: float = 0.05,
         encoder_lr: float = 1e-4,
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(optimizer, regularizer)
         self.objective, self.lr, self.weight_decay = objective, lr, weight_decay
         self.mae = build_mae(encoder, decoder)
         self.text = TextEncoder(text)

@@ -131,7 +131,7 @@ class KNN(Callback):
             result = self._evaluate(pl_module, eval_set)
             self.pretrained[eval_set.name] = {"accuracy": dict(result.accuracy), "correct": result.correct}
         if missing:
-            self._log(trainer, self.baseline(), {})
+            _log(trainer, self.baseline_metrics())
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score along the way, where asked."""
@@ -174,11 +174,8 @@ class KNN(Callback):
             before = self.pretrained[eval_set.name]
             result = self._evaluate(pl_module, eval_set)
             self.results[eval_set.name] = self._entry(eval_set, before["accuracy"], before["correct"], result)
-        self._log(
-            trainer,
-            {name: entry["finetuned"] for name, entry in self.results.items()},
-            {name: entry["delta"] for name, entry in self.results.items()},
-        )
+        scores = {name: entry["finetuned"] for name, entry in self.results.items()}
+        _log(trainer, self._metrics(scores, {name: entry["delta"] for name, entry in self.results.items()}))
 
     def _entry(
         self, eval_set: EvalSet, accuracy: dict[int, float], correct: Tensor, result: KNNResult
@@ -201,10 +198,19 @@ class KNN(Callback):
             },
         }
 
-    def _log(self, trainer: lightning.Trainer, scores: dict[str, float], deltas: dict[str, float]) -> None:
-        metrics = {f"knn/{name}": score for name, score in scores.items()}
-        metrics |= {f"knn_delta/{name}": delta for name, delta in deltas.items()}
-        if deltas:
-            metrics |= {f"summary/{n}": v for n, v in domain_means(self.results).items() if v is not None}
-        for sink in trainer.loggers:
-            sink.log_metrics(metrics, step=trainer.global_step)
+    def baseline_metrics(self) -> dict[str, float]:
+        """Return what is logged before step 1: the pretrained scores, and differences of zero."""
+        return self._metrics(self.baseline(), dict.fromkeys(self.pretrained, 0.0))
+
+    def _metrics(self, scores: dict[str, float], deltas: dict[str, float]) -> dict[str, float]:
+        means = domain_means({s.name: {"domain": s.domain, "delta": deltas[s.name]} for s in self.sets})
+        return {
+            **{f"knn/{name}": score for name, score in scores.items()},
+            **{f"knn_delta/{name}": delta for name, delta in deltas.items()},
+            **{f"summary/{name}": mean for name, mean in means.items() if mean is not None},
+        }
+
+
+def _log(trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
+    for sink in trainer.loggers:
+        sink.log_metrics(metrics, step=trainer.global_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -21,10 +22,11 @@ from wlsup.callbacks.knn import KNN, domain_means
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.evaluation.knn import PROTOCOL
 from wlsup.evaluation.table import knn_markdown, print_knn_table
+from wlsup.evaluation.task_table import print_task_table, task_markdown
 from wlsup.files import write_json, write_text
 from wlsup.plan import plan_markdown
 
-__all__ = ["RunFolder", "environment"]
+__all__ = ["RunFolder", "environment", "peak_memory"]
 
 logger = logging.getLogger("wlsup")
 
@@ -55,8 +57,21 @@ def environment() -> dict[str, Any]:
     }
 
 
+def peak_memory() -> dict[str, float | None]:
+    """Return the most that this process has held since it began, in MiB: resident, and on its GPU (None without)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # a process begins with its parent's peak in what getrusage says, and without it here
+        peak = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        resident = peak / 2**10
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resident = peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    return {"resident": round(resident, 1), "gpu": None if gpu is None else round(gpu, 1)}
+
+
 class RunFolder(Callback):
-    """Write config.yaml, env.json and plan.json when a run starts, results.json and the table when it ends.
+    """Write config, environment, plan and manifest when a run starts, results.json and the table when it ends.
 
     Args:
         folder: the run's folder.
@@ -70,27 +85,33 @@ class RunFolder(Callback):
         self.hyperparameters = hyperparameters
         self.samples_seen = 0
         self.seconds = 0.0
+        self.task: dict[str, Any] = {}
+        self.memory: dict[str, float | None] = {}
         self._started = 0.0
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Write what was asked, what trains, and on what machine; say what trains."""
+        """Write what was asked, what trains, on which pictures, and on what machine; say what trains."""
         if not trainer.is_global_zero:
             return
-        plan = pl_module.plan.describe(pl_module)
         write_text(self.folder / "config.yaml", self.config)
-        write_json(self.folder / "env.json", environment())
-        write_json(self.folder / "plan.json", {"approach": pl_module.name, "bases": pl_module.bases, **plan})
-        logger.info("%s %s", pl_module.name, pl_module.plan.summary(pl_module))
+        write_json(self.folder / "env.json", environment() | {"image_decoder": trainer.datamodule.image_decoder})
+        trainer.datamodule.write_manifest(self.folder / "manifest.txt")
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Lay out TensorBoard: plan, custom scalars, hyperparameters with the metrics they are judged by."""
+        """Say what trains; lay out TensorBoard: plan, custom scalars, hyperparameters and what they are judged by.
+
+        Not in `setup`, which callbacks run before the model: some plans are decided there, from the first batches.
+        """
         self._started = time.perf_counter()
         if not trainer.is_global_zero:
             return
+        plan = pl_module.plan.describe(pl_module)
+        write_json(self.folder / "plan.json", {"approach": pl_module.name, "bases": pl_module.bases, **plan})
+        logger.info("%s %s", pl_module.name, pl_module.plan.summary(pl_module))
         knn = _find(trainer, KNN)
-        metrics = {f"knn/{name}": score for name, score in knn.baseline().items()} if knn else {}
+        metrics = knn.baseline_metrics() if knn else {}
         for board in _boards(trainer):
-            board.experiment.add_text("plan", plan_markdown(pl_module.plan.describe(pl_module)), 0)
+            board.experiment.add_text("plan", plan_markdown(plan), 0)
             board.experiment.add_custom_scalars(_layout(knn))
             board.log_hyperparams(self.hyperparameters, metrics)
 
@@ -100,6 +121,12 @@ class RunFolder(Callback):
         """Count samples."""
         self.samples_seen += len(batch) * trainer.world_size
 
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Have the approach measure what it is about beside k-NN, while it is still on its device."""
+        self.memory = peak_memory()
+        if trainer.is_global_zero:
+            self.task = pl_module.eval().measure(trainer.datamodule) if hasattr(pl_module, "measure") else {}
+
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write results.json and show the table."""
         self.seconds += time.perf_counter() - self._started
@@ -107,10 +134,16 @@ class RunFolder(Callback):
             return
         results = self.results(trainer, pl_module)
         write_json(self.folder / "results.json", results)
+        # apart, so that the same seed gives the same results.json but for the time
+        write_json(self.folder / "cost.json", {"seconds": results["seconds"], "peak_memory_mib": self.memory})
         if results["knn"]:
             for board in _boards(trainer):
                 board.experiment.add_text("k-NN", knn_markdown(results), trainer.global_step)
             print_knn_table(results)
+        if self.task:
+            for board in _boards(trainer):
+                board.experiment.add_text("task", task_markdown(self.task), trainer.global_step)
+            print_task_table(self.task)
         skipped = results["captions"]["skipped"]
         if skipped:
             logger.warning("%d pictures could not be read and were replaced; results.json names them", len(skipped))
@@ -134,6 +167,7 @@ class RunFolder(Callback):
                 "skipped": data.skipped,
             },
             "knn": entries,
+            "task": self.task,
             "retrieval": retrieval.results if retrieval else {},
             "summary": domain_means(entries),
             "protocol": PROTOCOL,

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "show what an approach trains and freezes",
         "APPROACH [-c RECIPE.yaml..] [--json]",
     ),
-    "knn": ("wlsup.cli.knn", "score a run, or any encoder, by k-NN", "RUN|WEIGHTS [--sets NAME,..] [--json]"),
+    "knn": ("wlsup.cli.knn", "score a run, or any encoder, by k-NN", "RUN|WEIGHTS [--sets NAME,..] [--root DIR]"),
     "data": ("wlsup.cli.data", "list, fetch, prepare and check data sets", "list|fetch|prepare|check [NAME] [--json]"),
 }
 
@@ -39,12 +39,19 @@ Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the
   --preset NAME                 a label for the run's folder (mini)
   --runs DIR                    where runs go: DIR/<approach>/<preset>/seed<k>/<time>/ (runs)
   --resume CKPT                 go on from a checkpoint of the same approach and base model
-  --data.source NAME            mini | table
-  --data.captions FILE          CSV, TSV or JSONL of picture and caption
-  --data.images DIR|TAR         where the pictures lie
+  --data.source NAME            mini | table | coco | conceptual_captions | imagenet_captions |
+                                imagenet_class_names | shards
+  --data.captions FILE          of table: CSV, TSV or JSONL of picture and caption; else the file as published
+  --data.images DIR|TAR|ZIP     where the pictures lie; of shards their folder
   --data.pairs N                how many pictures, the same ones on every machine
+  --data.manifest FILE          another run's manifest.txt: its very pictures again
   --data.batch_size N           pairs a step
-  --data.eval_sets LIST         names, or {{name, kind, images, labels, domain}}
+  --data.num_workers N          processes that read pictures
+  --data.decoder NAME           auto | simplejpeg | opencv | torchvision | pil_draft | pil
+  --data.shuffle_window N       tar shards shuffled together, for file systems that dislike random reads
+  --data.eval_sets LIST         cifar10, cifar100, svhn, eurosat, dtd, imagenet, the mini ones, or
+                                {{name, kind, images, labels, domain}}
+  --data.root DIR               the folder of the published eval sets (the environment's WLSUP_DATA, else ./data)
   --model.encoder.weights W     mini, a timm name, hf-hub:ID, or a local file or folder
   --model.text.weights W        mini, a hub id, or a local folder
   --model.lr X                  learning rate of what trains
@@ -91,10 +98,8 @@ def command_help(command: str) -> str:
         from wlsup.approaches import APPROACHES
 
         return (_FIT_HELP if command == "fit" else _PRETRAIN_HELP).format(approaches=" | ".join(APPROACHES))
-    if command == "data":
-        from wlsup.cli.data import HELP
-
-        return HELP
+    if command in ("data", "knn"):
+        return importlib.import_module(COMMANDS[command][0]).HELP
     _, what, use = COMMANDS[command]
     return f"usage: wlsup {command} {use}\n\n{what[0].upper()}{what[1:]}."
 

@@ -56,8 +56,9 @@ def run(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
+    width = 2 + max(len(row["name"]) for row in rows)
     for row in rows:
         share = 100 * row["trained"] / row["total"]
-        print(f"{row['name']:<14}{row['summary']}")
-        print(f"{'':<14}trains {', '.join(row['trains'])}: {row['trained']:,} of {row['total']:,} ({share:.1f} %)")
+        print(f"{row['name']:<{width}}{row['summary']}")
+        print(f"{'':<{width}}trains {', '.join(row['trains'])}: {row['trained']:,} of {row['total']:,} ({share:.1f} %)")
     return 0

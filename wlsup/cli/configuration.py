@@ -22,12 +22,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from wlsup.approaches import APPROACHES, approach_class
 from wlsup.approaches.base import Approach
+from wlsup.callbacks.ema import EMA
 from wlsup.callbacks.keyed_randomness import KeyedRandomness
 from wlsup.callbacks.knn import KNN
 from wlsup.callbacks.progress import training_progress
 from wlsup.callbacks.reconstructions import Reconstructions
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.run_folder import RunFolder
+from wlsup.cli.lacking import refuse_what_lacks
 from wlsup.cli.logs import log_to_file
 from wlsup.cli.recipes import approach_named_in
 from wlsup.errors import WlsupError
@@ -63,8 +65,13 @@ class WlsupCLI(LightningCLI):
         except ArgumentError as error:
             raise WlsupError(_explain(str(error), parser)) from error
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse a run that lacks several things with all of them listed, before weights are fetched."""
+        refuse_what_lacks(self.config)
+
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Give the trainer the run's folder, its loggers and the suite's callbacks."""
+        self.datamodule.check_files()  # before there is a folder to leave behind
         self.run_dir = _run_dir(self.config)
         kwargs.setdefault("default_root_dir", str(self.run_dir))
         kwargs["enable_progress_bar"] = sys.stderr.isatty()
@@ -78,7 +85,7 @@ class WlsupCLI(LightningCLI):
     def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> lightning.Trainer:
         given = config.get("callbacks") or []
         mine = self._callbacks(given if isinstance(given, list) else [given], logs=config.get("logger") is not False)
-        return super()._instantiate_trainer(config, [*callbacks, *mine])
+        return super()._instantiate_trainer(config, [EMA(), *callbacks, *mine])  # those after it see the average
 
     def _callbacks(self, given: list[Callback], logs: bool) -> list[Callback]:
         mine: list[Callback] = [
@@ -87,7 +94,7 @@ class WlsupCLI(LightningCLI):
             RunFolder(
                 self.run_dir,
                 config=self.parser.dump(self.config, skip_none=False),
-                hyperparameters=_flat(self.config.as_dict()),
+                hyperparameters=_hyperparameters(self.config),
                 identity={
                     "approach": self.config.approach,
                     "preset": self.config.preset,
@@ -143,6 +150,9 @@ def configure(
 class _ModelOnlyCLI(WlsupCLI):
     """Parses everything and builds the model only."""
 
+    def before_instantiate_classes(self) -> None:
+        """Do not look for data that is not needed."""
+
     def instantiate_classes(self) -> None:
         self.config_init = self.parser.instantiate_classes(self.config)
         self.model = self.config_init.model
@@ -164,7 +174,6 @@ def _run_dir(config: Namespace) -> Path:
             continue
         except OSError as error:
             raise WlsupError(f"Cannot make the run's folder {folder}: {error.strerror}. Set --runs DIR.") from error
-        os.environ[_RUN_DIR] = str(folder)
         return folder
     raise WlsupError(f"Cannot find a free name for a run in {parent}.")
 
@@ -194,6 +203,15 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
         allowed = ", ".join(literals) or " or ".join(name for name in types if name != "NoneType")
         return f"{key.group(1)} cannot be {value.group(1).strip()!r}. Allowed: {allowed or 'see --help-all'}."
     return " ".join(message.split())
+
+
+_NOT_HYPERPARAMETERS = ("config", "run_dir", "runs", "resume", "preset")
+
+
+def _hyperparameters(config: Namespace) -> dict[str, bool | int | float | str]:
+    """Return what was chosen, flat, for TensorBoard's HParams tab: no paths of the run, and nothing left unset."""
+    chosen = {key: value for key, value in config.as_dict().items() if key not in _NOT_HYPERPARAMETERS}
+    return {key: value for key, value in _flat(chosen).items() if value != "None"}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -251,7 +269,12 @@ def train(cli: WlsupCLI) -> None:
     if cli.config.resume:
         read_checkpoint(Path(cli.config.resume))
     log = log_to_file(cli.run_dir / "run.log") if cli.trainer.is_global_zero else nullcontext()
+    before = os.environ.get(_RUN_DIR)
+    os.environ[_RUN_DIR] = str(cli.run_dir)  # the processes that fit() starts inherit it; the next run does not
     # Lightning before 2.6 has no such argument; the checkpoint has then been read safely once, above
     safely = {"weights_only": True} if "weights_only" in signature(cli.trainer.fit).parameters else {}
-    with log:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.resume, **safely)
+    try:
+        with log:
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.resume, **safely)
+    finally:
+        os.environ.pop(_RUN_DIR) if before is None else os.environ.update({_RUN_DIR: before})

@@ -6,9 +6,11 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from wlsup.cli.data_fetch import add_fetch, fetch_command
 from wlsup.cli.logs import log_to_terminal
+from wlsup.cli.parser import CommandParser, given_numbers
 from wlsup.errors import WlsupError, choose
 
 __all__ = ["HELP", "run"]
@@ -52,20 +54,13 @@ check
   --min-side N, --max-words N   what is tiny, and what is overlong (16 pixels, 256 words)
 """
 
-_RETRIED = ("timeout", "throttled", "server-error", "unreachable", "broken")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WlsupError(f"{self.prog}: {message}. `wlsup data --help` lists the options.")
-
 
 def run(arguments: list[str]) -> int:
     """Run a sub-command."""
     if not arguments:
         raise WlsupError(f"wlsup data: name what to do. Valid: {', '.join(_COMMANDS)}.")
     command = choose("command of wlsup data", arguments[0], _COMMANDS)
-    parser = _Parser(prog=f"wlsup data {command}", add_help=False, allow_abbrev=False)
+    parser = CommandParser(f"data {command}", help_command="data")
     parser.add_argument("--root")
     parser.add_argument("--json", action="store_true")
     add, act = _COMMANDS[command]
@@ -80,7 +75,8 @@ def _add_list(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from wlsup.data.catalog import CATALOG, data_root, entry_status
+    from wlsup.data.catalog import CATALOG
+    from wlsup.data.locate import data_root, entry_status
 
     root = data_root(options.root)
     found = [entry_status(entry, root) for entry in CATALOG.values()]
@@ -113,114 +109,6 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_fetch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name")
-    parser.add_argument("--connections", type=int)
-    parser.add_argument("--mirror")
-    parser.add_argument("--keep-archives", action="store_true")
-    parser.add_argument("--timeout", type=float)
-    parser.add_argument("--retries", type=int)
-    parser.add_argument("--tsv")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--per-host", type=int)
-    parser.add_argument("--max-bytes", type=int)
-    parser.add_argument("--max-pixels", type=int)
-    parser.add_argument("--min-side", type=int)
-    parser.add_argument("--retry", default="")
-    parser.add_argument("--rows")
-    parser.add_argument("--allow-private", action="store_true")
-
-
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return those of the options that were given; each must be a positive number."""
-    chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
-    for name, value in chosen.items():
-        if value < (0 if name == "retries" else 1e-9):
-            raise WlsupError(f"--{name.replace('_', '-')} {value}: give a positive number.")
-    return chosen
-
-
-def _fetch(options: argparse.Namespace) -> int:
-    from dataclasses import asdict, replace
-
-    from wlsup.data.catalog import catalog_entry, data_root
-    from wlsup.data.transport import TransferPolicy
-
-    entry = catalog_entry(options.name)
-    root = data_root(options.root)
-    if entry.name == "cc3m":
-        return _fetch_links(options, root / entry.name)
-    from wlsup.data.fetch import fetch
-
-    policy = replace(TransferPolicy(), **_given(options, "timeout", "retries"))
-    report = fetch(
-        entry,
-        root,
-        policy=policy,
-        mirror=options.mirror,
-        keep_archives=options.keep_archives,
-        **_given(options, "connections"),
-    )
-    if options.json:
-        print(json.dumps(asdict(report), indent=2))
-        return 0
-    print(f"{entry.name} is complete in {report.folder}. {entry.licence}")
-    if report.left_out:
-        from wlsup.cli.data_tables import SHOWN, plain
-
-        print(f"Not unpacked: {plain('; '.join(report.left_out[:SHOWN]))}")
-    return 0
-
-
-def _fetch_links(options: argparse.Namespace, folder: Path) -> int:
-    from dataclasses import replace
-
-    from wlsup.data.catalog import catalog_entry
-    from wlsup.data.ledger import FAILURES, Ledger
-    from wlsup.data.progress import progress
-
-    tsv = Path(options.tsv) if options.tsv else next(iter(sorted(folder.glob("*.tsv"))), None)
-    if tsv is None:
-        raise WlsupError(f"fetch cc3m needs --tsv FILE, or a .tsv in {folder}. {catalog_entry('cc3m').by_hand}")
-    again: list[str] = []
-    for what in filter(None, options.retry.split(",")):
-        again += _RETRIED if what == "failed" else [choose("outcome in --retry", what, (*FAILURES, "failed"))]
-    if not tsv.is_file():
-        raise WlsupError(f"--tsv {tsv}: no such file. Give the published TSV of captions and links.")
-    from wlsup.data.links import LINK_POLICY, LinkOptions, fetch_links
-
-    policy = replace(LINK_POLICY, private_addresses=options.allow_private, **_given(options, "timeout", "retries"))
-    limits = LinkOptions(
-        policy=policy, **_given(options, "connections", "per_host", "max_bytes", "max_pixels", "min_side")
-    )
-    limit = _given(options, "limit").get("limit")
-    ledger = Ledger(folder / "images" / "ledger.sqlite")
-    code = 0
-    try:
-        ledger.load_rows(tsv)
-        ledger.reopen(again)
-        try:
-            with progress("fetch cc3m", unit="links") as show:
-                fetch_links(ledger, folder / "images", limits, limit=limit, report=show)
-        except KeyboardInterrupt:
-            code = 130
-        account = {"tsv": str(tsv), "images": str(folder / "images"), **ledger.account(limit)}
-        if options.rows:
-            with open(options.rows, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in ledger.outcomes())
-    finally:
-        ledger.close()
-    if options.json:
-        print(json.dumps({**account, "interrupted": bool(code)}, indent=2))
-    else:
-        from wlsup.cli.data_tables import show_account
-
-        show_account(account)
-        if code:
-            print("Interrupted; the same command goes on from here.")
-    return code
-
-
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name")
     parser.add_argument("--captions")
@@ -250,7 +138,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from wlsup.data.catalog import data_root
+    from wlsup.data.locate import data_root
     from wlsup.data.prepare import prepare
 
     report = prepare(
@@ -260,7 +148,7 @@ def _prepare(options: argparse.Namespace) -> int:
         captions=options.captions,
         images=options.images,
         options=_source_options(options),
-        **_given(options, "shard_size"),
+        **given_numbers(options, "shard_size"),
     )
     if options.json:
         print(json.dumps(report, indent=2))
@@ -282,8 +170,8 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from wlsup.data.catalog import data_root
     from wlsup.data.check import check
+    from wlsup.data.locate import data_root
 
     report = check(
         options.name,
@@ -291,8 +179,7 @@ def _check(options: argparse.Namespace) -> int:
         captions=options.captions,
         images=options.images,
         options=_source_options(options),
-        workers=max(options.workers, 0),
-        **_given(options, "min_side", "max_words"),
+        **given_numbers(options, "workers", "min_side", "max_words"),
     )
     if options.json:
         print(json.dumps(report.to_json(), indent=2))
@@ -305,7 +192,7 @@ def _check(options: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "list": (_add_list, _list),
-    "fetch": (_add_fetch, _fetch),
+    "fetch": (add_fetch, fetch_command),
     "prepare": (_add_prepare, _prepare),
     "check": (_add_check, _check),
 }

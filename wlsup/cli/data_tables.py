@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from wlsup.data.catalog import Status
 from wlsup.data.check_report import FAULTS, CheckReport
+from wlsup.data.locate import Status
 from wlsup.data.progress import human_bytes
 
 __all__ = ["SHOWN", "plain", "show_account", "show_check", "show_list"]

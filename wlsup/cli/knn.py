@@ -8,22 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from wlsup.cli.logs import log_to_terminal
+from wlsup.cli.parser import CommandParser, given_numbers
 from wlsup.errors import WlsupError
 
-__all__ = ["run"]
+__all__ = ["HELP", "run"]
+
+HELP = """\
+usage: wlsup knn RUN|WEIGHTS [options]
+
+Score an encoder by weighted k-NN, without training.
+
+  RUN|WEIGHTS                   a run's folder; or mini, a timm name, hf-hub:ID, a local weight file or folder
+  --sets NAME,..                eval sets: cifar10, cifar100, svhn, eurosat, dtd, imagenet, mini_shapes, ...;
+                                by default the run's own, or the four mini ones
+  --root DIR                    the folder of the published sets (by default the run's; the environment's
+                                WLSUP_DATA; ./data)
+  --random                      random weights of the same architecture, for comparison
+  --pixels                      raw pixels instead of features, for comparison
+  --batch-size N                pictures a forward pass (256)
+  --workers N                   processes that read pictures (0)
+  --json                        machine-readable, complete
+"""
 
 
 def run(arguments: list[str]) -> int:
     """Print accuracy by set and k."""
-    parser = argparse.ArgumentParser(prog="wlsup knn", description="Score an encoder by weighted k-NN.")
-    parser.add_argument("target", help="a run's folder; or mini, a timm name, hf-hub:ID, a local weight file or folder")
-    parser.add_argument("--sets", help="comma-separated eval set names; by default the run's, or the mini ones")
-    parser.add_argument("--random", action="store_true", help="random weights of the same architecture, for comparison")
-    parser.add_argument("--pixels", action="store_true", help="raw pixels instead of features, for comparison")
+    parser = CommandParser("knn")
+    parser.add_argument("target")
+    parser.add_argument("--sets")
+    parser.add_argument("--root")
+    parser.add_argument("--random", action="store_true")
+    parser.add_argument("--pixels", action="store_true")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    given_numbers(options, "batch_size", "workers")
     log_to_terminal(quiet=options.json)
     entries = _score(options)
     if options.json:
@@ -51,23 +71,33 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
     from wlsup.callbacks.knn import evaluate_knn
     from wlsup.cli.configuration import load_run
     from wlsup.data.datamodule import CaptionDataModule
+    from wlsup.data.evalsets import check_eval_sets, locate_eval_set
     from wlsup.models.vision import VisionSpec, build_vision
 
     folder = Path(options.target)
-    data = CaptionDataModule()
-    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+    names = None if options.sets is None else [name.strip() for name in options.sets.split(",")]
+    is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+    data = CaptionDataModule(eval_sets=None if is_run else names, root=options.root)
+    if not is_run:
+        data.check_files()  # before an encoder is loaded for nothing
+    if is_run:
         if options.random or options.pixels:
             raise WlsupError("--random and --pixels compare an encoder, not a run: give the encoder's weights.")
         module, data = load_run(folder)
         spec = module.image_spec
+        data.root = options.root or data.root
+        if names is not None:  # a name means what it meant in the run, where the run had it
+            described = {getattr(entry, "name", entry): entry for entry in data.eval_sets}
+            data.eval_sets = [described.get(name, name) for name in names]
+            check_eval_sets(data.eval_sets)
+        for entry in data.eval_sets:
+            locate_eval_set(entry, data.root)
     else:
         module = build_vision(VisionSpec(weights=options.target, pretrained=not options.random))
         spec = module.image_spec
         if options.pixels:
             module = _Pixels()
     data.image_spec = spec
-    if options.sets:
-        data.eval_sets = options.sets.split(",")
     if torch.cuda.is_available():
         module = module.to("cuda")
     entries = {}

@@ -25,6 +25,8 @@ _IDLE_WARNINGS = (
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*torch.jit.*deprecated.*",
     ".*lr_scheduler.step\\(\\).* before .*optimizer.step\\(\\).*",
+    ".*Total length of .* across ranks is zero.*",
+    ".*The dirpath has changed from .*",
     ".*Starting from v1.9.0, `tensorboardX` has been removed.*",
 )
 

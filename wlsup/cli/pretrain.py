@@ -16,7 +16,7 @@ def run(arguments: list[str]) -> int:
     """Pretrain, and save encoder and decoder under the run's folder as ``model/``."""
     log_to_terminal()
     from wlsup.approaches.mae import MAEPretraining
-    from wlsup.data.datamodule import ImageDataModule
+    from wlsup.data.image_datamodule import ImageDataModule
     from wlsup.models.mae import save_mae
 
     cli = configure(MAEPretraining, ImageDataModule, arguments, "pretrain")

@@ -6,15 +6,14 @@ This file is plain data and imports neither torch nor the network.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 from urllib.parse import urlsplit
 
 from wlsup.errors import choose
 
-__all__ = ["CATALOG", "CatalogEntry", "RemoteFile", "Status", "catalog_entry", "data_root", "entry_status"]
+__all__ = ["CATALOG", "CatalogEntry", "RemoteFile", "catalog_entry"]
 
 _GB = 1_000_000_000
 _MB = 1_000_000
@@ -93,30 +92,6 @@ class CatalogEntry:
     def disk_bytes(self) -> int:
         """Bytes needed while downloading and unpacking."""
         return self.download_bytes + sum(file.unpacked for file in self.files)
-
-
-@dataclass(frozen=True)
-class Status:
-    """What there is of a data set.
-
-    Args:
-        entry: the set.
-        folder: where it is looked for.
-        missing: markers not there.
-        partial: downloads begun and not finished.
-    """
-
-    entry: CatalogEntry
-    folder: Path
-    missing: tuple[str, ...]
-    partial: tuple[str, ...]
-
-    @property
-    def state(self) -> str:
-        """Either complete, partial or missing."""
-        if not self.missing:
-            return "complete"
-        return "partial" if self.partial or len(self.missing) < len(self.entry.markers) else "missing"
 
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz/"
@@ -308,16 +283,3 @@ CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in _ENTRIES}
 def catalog_entry(name: str) -> CatalogEntry:
     """Return the entry ``name``; Raises `WlsupError` listing the names if there is none."""
     return CATALOG[choose("data set", name, CATALOG)]
-
-
-def data_root(given: str | Path | None = None) -> Path:
-    """Return the folder of all data sets: ``given``, else the environment variable WLSUP_DATA, else ``./data``."""
-    return Path(given or os.environ.get("WLSUP_DATA") or "data").expanduser()
-
-
-def entry_status(entry: CatalogEntry, root: Path) -> Status:
-    """Look what there is of ``entry`` under ``root``."""
-    folder = root / entry.name
-    missing = tuple(marker for marker in entry.markers if next(iter(folder.glob(marker)), None) is None)
-    partial = tuple(sorted(path.name.removesuffix(".part") for path in folder.glob("*.part")))
-    return Status(entry, folder, missing, partial)

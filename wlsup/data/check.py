@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wlsup.data.check_report import CheckReport, Fault, count_words, finished
 from wlsup.data.evalsets import eval_set_names
-from wlsup.data.inspection import DecodedReader, FileReader, PictureReader, StoreFiles, inspect_all
-from wlsup.data.locate import FileBytes, source_paths
+from wlsup.data.inspection import DecodedReader, FileReader, PictureReader
+from wlsup.data.inspection_pool import inspect_all
+from wlsup.data.locate import source_paths
+from wlsup.data.picture_files import FileBytes, StoreFiles
 from wlsup.data.progress import progress
 from wlsup.data.sources import CaptionSource, SourceRequest, load_source, source_names
 from wlsup.data.stores import ImageStore, TarStore, clean_name, open_store
@@ -19,7 +21,7 @@ from wlsup.data.table import CAPTION_COLUMNS, IMAGE_COLUMNS, resolve_prefix
 from wlsup.data.tabular import mend_text, read_table
 from wlsup.errors import WlsupError, choose
 
-__all__ = ["check", "check_folder", "check_source", "check_table", "look_at"]
+__all__ = ["check", "check_folder", "check_source", "check_table", "look_at", "measure", "reader_of"]
 
 
 def check(
@@ -41,9 +43,9 @@ def check(
         captions: as the source takes it.
         images: likewise; of an eval set, its folder.
         options: of the source.
-        workers: as `check_table`.
-        min_side: likewise.
-        max_words: likewise.
+        workers: processes that decode; 0 for none beside this one.
+        min_side: in pixels; a picture with a shorter side is tiny.
+        max_words: a caption with more words is overlong.
 
     Raises:
         WlsupError: if the name is unknown, or there is nothing to check.
@@ -58,6 +60,12 @@ def check(
         if captions is None:
             raise WlsupError("check table needs --captions FILE: the table. For pictures alone: check folder.")
         return check_table(captions, images, options=options, **looking)
+    if source == "shards" and images is None:
+        raise WlsupError("check shards needs --images DIR: the folder of tar shards.")
+    if images is not None and (source == "shards" or (source == "conceptual_captions" and captions is None)):
+        from wlsup.data.check_shards import check_shards
+
+        return check_shards(images, **looking)
     if name in eval_set_names():
         from wlsup.data.check_eval import check_eval_set
 
@@ -82,9 +90,9 @@ def check_table(
         captions: the table.
         images: folder or tar of the pictures; None for the table's own folder.
         options: as the source `table` takes them.
-        workers: processes that decode; 0 for none beside this one.
-        min_side: in pixels; a picture with a shorter side is tiny.
-        max_words: a caption with more words is overlong.
+        workers: as `check`; likewise the others.
+        min_side: see there.
+        max_words: see there.
 
     Raises:
         WlsupError: if the table or the store cannot be read at all.
@@ -121,7 +129,7 @@ def check_table(
     keys = list(captions_of)
     look_at(report, FileReader(StoreFiles(store, [prefix + key for key in keys]), keys), workers, min_side)
     _look_at_archive(report, store)
-    _measure(report, captions_of, max_words)
+    measure(report, captions_of.items(), max_words)
     unlisted = len(set(store.names()).difference(prefix + key for key in keys))
     if unlisted:
         report.notes.append(f"{unlisted:,} pictures in {store.path} are in no row of {table.path.name}")
@@ -143,9 +151,9 @@ def check_source(
         name: one of the sources.
         request: paths.
         options: the source's own.
-        workers: as `check_table`.
-        min_side: likewise.
-        max_words: likewise.
+        workers: as `check`; likewise the others.
+        min_side: see there.
+        max_words: see there.
     """
     report = CheckReport(name)
     source = load_source(name, request, options)
@@ -154,13 +162,13 @@ def check_source(
         for key, why in part.dropped.items():
             report.faults.append(Fault(_kind_of(why), key, why))
         report.notes += part.notes
-        look_at(report, _reader(part), workers, min_side)
-        _measure(report, dict(zip(part.keys, part.captions, strict=True)), max_words)
+        look_at(report, reader_of(part), workers, min_side)
+        measure(report, zip(part.keys, part.captions, strict=True), max_words)
     return finished(report)
 
 
 def check_folder(images: str, *, workers: int = 0, min_side: int = 16) -> CheckReport:
-    """Check all pictures of a folder or tar, with or without captions; arguments as `check_table`."""
+    """Check all pictures of a folder, tar or zip, with or without captions; arguments as `check`."""
     store = open_store(images)
     names = store.names()
     if not names:
@@ -181,8 +189,8 @@ def _kind_of(why: str) -> str:
     return "refused" if why.startswith("refused") else "missing"
 
 
-def _reader(source: CaptionSource) -> PictureReader:
-    """Look at files where the source has files, and at decoded pictures where it has none."""
+def reader_of(source: CaptionSource) -> PictureReader:
+    """Return what looks at files where the source has files, and at decoded pictures where it has none."""
     files = FileBytes(source)
     if files.available:
         return FileReader(files, source.keys)
@@ -230,9 +238,16 @@ def _look_at_archive(report: CheckReport, store: ImageStore) -> None:
     ]
 
 
-def _measure(report: CheckReport, captions_of: Mapping[str, Sequence[str]], max_words: int) -> None:
+def measure(report: CheckReport, captions_of: Iterable[tuple[str, Sequence[str]]], max_words: int) -> None:
+    """Count words, and add overlong captions to ``report``.
+
+    Args:
+        report: extended.
+        captions_of: (key, captions) pairs.
+        max_words: a caption with more words is overlong.
+    """
     lengths = []
-    for key, captions in captions_of.items():
+    for key, captions in captions_of:
         for caption in captions:
             lengths.append(len(caption.split()))
             if lengths[-1] > max_words:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from wlsup.batch import ImageSpec
-from wlsup.data.catalog import CATALOG, entry_status
+from wlsup.data.catalog import CATALOG
 from wlsup.data.check import look_at
 from wlsup.data.check_report import CheckReport, Fault, finished
 from wlsup.data.download import file_matches
 from wlsup.data.evalsets import EvalSetSpec, LabelledPictures, build_eval_set
-from wlsup.data.inspection import DecodedReader, FileReader, PictureReader, StoreFiles
+from wlsup.data.inspection import DecodedReader, FileReader, PictureReader
+from wlsup.data.locate import entry_status
+from wlsup.data.picture_files import StoreFiles
 from wlsup.data.sources import MemoryPictures
 from wlsup.errors import WlsupError
 

@@ -1,8 +1,9 @@
-"""The data modules: captioned pictures for weak supervision, and pictures alone for pretraining."""
+"""The data module of weak supervision, captioned pictures, and what it shares with that of pretraining."""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,39 +13,42 @@ import lightning
 from wlsup.batch import CaptionBatch, EvalSet, ImageBatch, ImageSpec
 from wlsup.data.badness import BadSampleCounter
 from wlsup.data.dataset import CaptionDataset, PictureDataset
-from wlsup.data.decoders import check_decoder
-from wlsup.data.evalsets import EvalSetSpec, build_eval_set
+from wlsup.data.decoders import available_decoders, check_decoder, decoders_used
+from wlsup.data.evalsets import EvalSetSpec, build_eval_set, check_eval_sets, locate_eval_set
+from wlsup.data.feature_cache import CachedDataset, cache_of
 from wlsup.data.loader import BatchLoader, make_loader
+from wlsup.data.replay import ReplayDataset, check_replay, replay_pictures
 from wlsup.data.sampler import EpochSampler
-from wlsup.data.sources import (
-    CaptionSource,
-    MemoryPictures,
-    Pictures,
-    SourceRequest,
-    StoredPictures,
-    load_source,
-)
-from wlsup.data.stores import JoinedStore, open_store
-from wlsup.data.subset import manifest_sha256, read_manifest, split_by_hash, split_positions, write_manifest
+from wlsup.data.sources import CaptionSource, SourceRequest, check_source, load_source
+from wlsup.data.stores import check_path
+from wlsup.data.subset import manifest_sha256, read_manifest, split_positions, write_manifest
 from wlsup.data.transforms import EvalTransform, TrainTransform
 from wlsup.errors import WlsupError
 
-__all__ = ["DEFAULT_EVAL_SETS", "CaptionDataModule", "ImageDataModule"]
+__all__ = ["DEFAULT_EVAL_SETS", "CaptionDataModule", "KeyedDataModule"]
 
 DEFAULT_EVAL_SETS = ("mini_shapes", "mini_digits", "mini_landcover", "mini_textures")
-
-MINI_PICTURES = 8000
-"""Generated pictures for pretraining unless more or fewer are asked for."""
-
-_Keyed = tuple[list[str], Pictures]
 
 _log = logging.getLogger("wlsup.data")
 
 
-class _KeyedDataModule(lightning.LightningDataModule):
-    """What both data modules share: the spec, the ranks, the count of bad samples."""
+class KeyedDataModule(lightning.LightningDataModule, ABC):
+    """What both data modules share: the spec, the ranks, the manifest, the count of bad samples.
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int, max_bad_fraction: float) -> None:
+    Args:
+        batch_size: of one process.
+        num_workers: processes that read pictures; 0 reads in the main one.
+        seed: of order and augmentation.
+        max_bad_fraction: stop when more than this fraction of the pictures cannot be had or read.
+        decoder: what decodes JPEGs in training.
+
+    Raises:
+        WlsupError: if a setting is out of range.
+    """
+
+    def __init__(
+        self, batch_size: int, num_workers: int, seed: int, max_bad_fraction: float, decoder: str = "auto"
+    ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise WlsupError(
@@ -55,8 +59,32 @@ class _KeyedDataModule(lightning.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.decoder = check_decoder(decoder)
         self.bad = BadSampleCounter(max_bad_fraction)
         self.image_spec: ImageSpec | None = None
+
+    @abstractmethod
+    def check_files(self) -> None:
+        """Refuse, before a run has a folder, paths that are named and lead nowhere."""
+
+    @property
+    @abstractmethod
+    def manifest(self) -> list[str]:
+        """The keys of the training pictures, sorted."""
+
+    @property
+    def manifest_sha256(self) -> str:
+        """SHA-256 of the manifest, one key a line: the same pictures give the same on every machine."""
+        return manifest_sha256(self.manifest)
+
+    def write_manifest(self, path: str | Path) -> str:
+        """Write the manifest, one key a line, and return its SHA-256, which `sha256sum` also prints."""
+        return write_manifest(path, self.manifest)
+
+    @property
+    def image_decoder(self) -> dict[str, Any]:
+        """The decoder asked for, those that take whole pictures and reduced crops here, and all that are installed."""
+        return {"asked": self.decoder, **decoders_used(self.decoder), "available": list(available_decoders())}
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -119,7 +147,7 @@ class _KeyedDataModule(lightning.LightningDataModule):
         return make_loader(dataset, sampler, self.batch_size, self.num_workers, self.note)
 
 
-class CaptionDataModule(_KeyedDataModule):
+class CaptionDataModule(KeyedDataModule):
     """Image-caption pairs for training, held-out pairs for retrieval, labelled sets for evaluation.
 
     Which pairs is decided by a hash of their keys; order, crops and the one caption drawn for each image in each epoch
@@ -147,6 +175,10 @@ class CaptionDataModule(_KeyedDataModule):
             size or less where a crop is shrunk anyway; "pil" for the exact crop. Evaluation is always exact.
         shuffle_window: number of shards shuffled together, for file systems that serve long reads better than random
             ones; None to shuffle all samples as one.
+        replay: unlabelled pictures of the pretrained encoder's own domain for ``regularizer.replay``, as many a batch
+            as captioned ones: "mini" for generated ones, a folder or tar, or several. None: "mini" with source "mini".
+        cache_features: for approaches that leave the encoder as it is: run it once over all pictures, and train on what
+            it made of them. There is no augmentation then.
 
     Attributes:
         image_spec: set it, or attach a trainer whose module has one.
@@ -174,19 +206,25 @@ class CaptionDataModule(_KeyedDataModule):
         root: str | None = None,
         decoder: str = "auto",
         shuffle_window: int | None = None,
+        replay: str | list[str] | None = None,
+        cache_features: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, max_bad_fraction)
+        super().__init__(batch_size, num_workers, seed, max_bad_fraction, decoder)
+        self.replay = "mini" if replay is None and source == "mini" else replay
+        self.cache_features = cache_features
+        self._caches: dict[str, CachedDataset] = {}
         if shuffle_window is not None and shuffle_window < 1:
             raise WlsupError(f"shuffle_window={shuffle_window}: give a number of shards >= 1, or leave it unset.")
+        check_source(source, source_options or {})
         self.source = source
         self.manifest_file = manifest
         self.root = root
-        self.decoder = check_decoder(decoder)
         self.shuffle_window = shuffle_window
         self.request = SourceRequest(captions, images, pairs, validation_pairs, max_bad_fraction)
         self.crop_scale = crop_scale
         self.horizontal_flip = horizontal_flip
         self.eval_sets: list[str | EvalSetSpec] = list(DEFAULT_EVAL_SETS) if eval_sets is None else eval_sets
+        check_eval_sets(self.eval_sets)
         self.source_options = source_options or {}
         self._train: CaptionSource | None = None
         self._validation: CaptionSource | None = None
@@ -218,19 +256,23 @@ class CaptionDataModule(_KeyedDataModule):
         self._train = source.take(train)
         self._expect(len(self._train.keys), len(self._validation.keys))
 
+    def check_files(self) -> None:
+        """Refuse, before a run has a folder, paths that lead nowhere and eval sets that are not here.
+
+        Raises:
+            WlsupError: naming the path and where it was looked for.
+        """
+        for option in ("captions", "images"):
+            check_path(getattr(self.request, option), f"data.{option}")
+        check_path(self.manifest_file, "data.manifest")
+        check_replay(self.replay)
+        for entry in self.eval_sets:
+            locate_eval_set(entry, self.root)
+
     @property
     def manifest(self) -> list[str]:
         """The keys of the training pairs, sorted."""
         return list(self._ready().keys)
-
-    @property
-    def manifest_sha256(self) -> str:
-        """SHA-256 of the manifest, one key a line: the same pairs give the same on every machine."""
-        return manifest_sha256(self.manifest)
-
-    def write_manifest(self, path: str | Path) -> str:
-        """Write the manifest, for ``manifest`` to replay, and return its SHA-256, which `sha256sum` also prints."""
-        return write_manifest(path, self.manifest)
 
     @property
     def pairs(self) -> int:
@@ -240,11 +282,11 @@ class CaptionDataModule(_KeyedDataModule):
     def train_dataloader(self) -> BatchLoader:
         """Return the loader of training batches (`CaptionBatch`), shuffled by (seed, epoch), whole batches only."""
         source, spec = self._ready(), self._spec()
+        if self.cache_features:
+            return self._train_loader(self._cached("train", source, spec))
         transform = TrainTransform(spec, tuple(self.crop_scale), self.horizontal_flip, decoder=self.decoder)
-        return self._train_loader(
-            CaptionDataset(source.keys, source.captions, source.pictures, transform, spec, self.seed),
-            self.shuffle_window,
-        )
+        dataset = CaptionDataset(source.keys, source.captions, source.pictures, transform, spec, self.seed)
+        return self._train_loader(self._with_replay(dataset, transform, spec), self.shuffle_window)
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         """Return the loader of held-out pairs (`CaptionBatch`): first captions, no augmentation, sorted by key."""
@@ -252,9 +294,37 @@ class CaptionDataModule(_KeyedDataModule):
         source, spec = self._validation, self._spec()
         if source is None or not source.keys:
             return []
+        if self.cache_features:
+            return self._val_loader(self._cached("validation", source, spec))
         return self._val_loader(
             CaptionDataset(source.keys, source.captions, source.pictures, EvalTransform(spec), spec, self.seed)
         )
+
+    def _with_replay(
+        self, dataset: CaptionDataset, transform: TrainTransform, spec: ImageSpec
+    ) -> CaptionDataset | ReplayDataset:
+        """Add pictures to replay to each batch, if the approach's regulariser asks for them."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if not getattr(getattr(module, "regularizer", None), "replays", False):
+            return dataset
+        if self.replay is None:
+            raise WlsupError(
+                "regularizer.replay needs pictures of what the encoder was pretrained on: set data.replay to a folder "
+                "or tar of them, or to mini for generated ones."
+            )
+        keys, pictures = replay_pictures(self.replay)
+        return ReplayDataset(dataset, PictureDataset(keys, pictures, transform, spec, self.seed), self.seed)
+
+    def _cached(self, part: str, source: CaptionSource, spec: ImageSpec) -> CachedDataset:
+        """Return the pairs of a part with the encoder's features in place of pictures, computed on the first call."""
+        if part not in self._caches:
+            dataset = CaptionDataset(
+                source.keys, source.captions, source.pictures, EvalTransform(spec), spec, self.seed
+            )
+            module = None if self.trainer is None else self.trainer.lightning_module
+            cache = cache_of(module, dataset, self.batch_size, self.num_workers, self.note)
+            self._caches[part] = CachedDataset(cache, dataset, training=part == "train")
+        return self._caches[part]
 
     def eval_datasets(self) -> list[EvalSet]:
         """Return the labelled sets, built once."""
@@ -285,115 +355,3 @@ class CaptionDataModule(_KeyedDataModule):
         if self._train is None:
             raise WlsupError("The data module's setup did not complete.")
         return self._train
-
-
-class ImageDataModule(_KeyedDataModule):
-    """Pictures without captions, for masked-autoencoder pretraining.
-
-    Source: He et al. 2022, the pretraining augmentation: random resized crops of 0.2 to 1 of the area, and flips.
-
-    Args:
-        images: a folder or tar, or several; None for the generated pretraining scenes.
-        pictures: number of training pictures, chosen by hash; None for all (of the generated ones, 8,000).
-        validation_pictures: number held out, for the validation loss; 0 for none.
-        batch_size: of one process.
-        num_workers: processes that read pictures.
-        seed: of order and augmentation.
-        crop_scale: lowest and highest area fraction of the crop.
-        horizontal_flip: flip half the pictures.
-        max_bad_fraction: stop when more than this fraction of the pictures cannot be read.
-
-    Attributes:
-        image_spec: set it, or attach a trainer whose module has one.
-
-    Raises:
-        WlsupError: if a setting is out of range.
-    """
-
-    def __init__(
-        self,
-        images: str | list[str] | None = None,
-        pictures: int | None = None,
-        validation_pictures: int = 0,
-        batch_size: int = 256,
-        num_workers: int = 0,
-        seed: int = 0,
-        crop_scale: tuple[float, float] = (0.2, 1.0),
-        horizontal_flip: bool = True,
-        max_bad_fraction: float = 0.05,
-    ) -> None:
-        super().__init__(batch_size, num_workers, seed, max_bad_fraction)
-        self.images = images
-        self.pictures = pictures
-        self.validation_pictures = validation_pictures
-        self.crop_scale = crop_scale
-        self.horizontal_flip = horizontal_flip
-        self._parts: tuple[_Keyed, _Keyed] | None = None
-
-    def setup(self, stage: str | None = None) -> None:
-        """List the pictures and choose which. A second call does nothing.
-
-        Raises:
-            WlsupError: if a folder or tar is missing, damaged or without pictures, or there are too few.
-        """
-        if self._parts is not None:
-            return
-        self._parts = self._generate() if self.images is None else self._list()
-        self._expect(*(len(keys) for keys, _ in self._parts))
-
-    @property
-    def manifest(self) -> list[str]:
-        """The keys of the training pictures, sorted."""
-        return self._ready()[0][0]
-
-    @property
-    def manifest_sha256(self) -> str:
-        """SHA-256 of the manifest, one key a line."""
-        return manifest_sha256(self.manifest)
-
-    def train_dataloader(self) -> BatchLoader:
-        """Return the loader of training batches (`ImageBatch` with labels -1), shuffled, whole batches only."""
-        (keys, pictures), _ = self._ready()
-        spec = self._spec()
-        transform = TrainTransform(spec, tuple(self.crop_scale), self.horizontal_flip)
-        return self._train_loader(PictureDataset(keys, pictures, transform, spec, self.seed))
-
-    def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
-        """Return the loader of held-out pictures, without augmentation; an empty list if none are held out."""
-        _, (keys, pictures) = self._ready()
-        spec = self._spec()
-        return self._val_loader(PictureDataset(keys, pictures, EvalTransform(spec), spec, self.seed)) if keys else []
-
-    def _generate(self) -> tuple[_Keyed, _Keyed]:
-        """Make the mini world's pretraining scenes; those held out come from another seed."""
-        from wlsup.data.mini import mini_captions  # on use: not needed by those who train on files
-
-        train = mini_captions("pretrain", self.pictures or MINI_PICTURES, 0)
-        if not self.validation_pictures:
-            return (train.keys, MemoryPictures(train.images)), ([], MemoryPictures(train.images[:0]))
-        held_out = mini_captions("pretrain", self.validation_pictures, 1)
-        return (train.keys, MemoryPictures(train.images)), (held_out.keys, MemoryPictures(held_out.images))
-
-    def _list(self) -> tuple[_Keyed, _Keyed]:
-        """List the pictures of the folders or tars and choose by hash."""
-        paths = [self.images] if isinstance(self.images, str) else self.images or []
-        if not paths:
-            raise WlsupError("images is an empty list. Give a folder or tar, or leave it unset for generated scenes.")
-        stores = [open_store(path) for path in paths]
-        store = stores[0] if len(stores) == 1 else JoinedStore(stores)
-        names = store.names()
-        if not names:
-            raise WlsupError(
-                f"images: {store.path} holds no pictures. Check the path; .jpg, .png, .webp, ... are read."
-            )
-        train, held_out = split_by_hash(
-            names, self.pictures, self.validation_pictures, ("pictures", "validation_pictures")
-        )
-        return (train, StoredPictures(store, train)), (held_out, StoredPictures(store, held_out))
-
-    def _ready(self) -> tuple[_Keyed, _Keyed]:
-        if self._parts is None:
-            self.setup()
-        if self._parts is None:
-            raise WlsupError("The data module's setup did not complete.")
-        return self._parts

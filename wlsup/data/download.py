@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -16,11 +15,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass, field
 from http.client import HTTPResponse
 from pathlib import Path
 
 from wlsup.data.catalog import RemoteFile
+from wlsup.data.download_state import DownloadState, Piece
 from wlsup.data.transport import (
     Stopped,
     TransferError,
@@ -49,41 +48,6 @@ class WrongBytes(WlsupError):  # noqa: N818
 
 class _Restart(Exception):  # noqa: N818
     """What is there cannot be continued; begin again."""
-
-
-@dataclass
-class _Piece:
-    """Bytes [start, end) of the file, of which ``done`` are there; ``end`` is None where the length is not known."""
-
-    start: int
-    end: int | None
-    done: int = 0
-
-    @property
-    def complete(self) -> bool:
-        return self.end is not None and self.start + self.done >= self.end
-
-
-@dataclass
-class _State:
-    """What ``x.part.json`` holds."""
-
-    url: str
-    total: int | None
-    validator: str | None
-    pieces: list[_Piece] = field(default_factory=list)
-
-    def text(self) -> str:
-        pieces = [[piece.start, piece.end, piece.done] for piece in self.pieces]
-        return json.dumps({"url": self.url, "total": self.total, "validator": self.validator, "pieces": pieces})
-
-    @classmethod
-    def read(cls, path: Path) -> _State | None:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(found["url"], found["total"], found["validator"], [_Piece(*piece) for piece in found["pieces"]])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
 
 
 class Download:
@@ -179,8 +143,8 @@ class Download:
                 state = None
         raise TransferError("broken", "the file changes while it is downloaded, or the server mixes versions of it")
 
-    def _usable_state(self) -> _State | None:
-        state = _State.read(self._state_path)
+    def _usable_state(self) -> DownloadState | None:
+        state = DownloadState.read(self._state_path)
         if state is None or state.url != self.remote.url or state.total is None:
             return None
         if state.validator is None and not (self.remote.md5 or self.remote.sha256):
@@ -190,7 +154,7 @@ class Download:
             return None
         return state
 
-    def _begin(self, handle: int) -> _State:
+    def _begin(self, handle: int) -> DownloadState:
         """Ask for one byte, to learn the length and whether pieces can be had; without pieces, take all of it here."""
         failures, headers = 0, {"Range": "bytes=0-0"}
         while True:
@@ -213,23 +177,23 @@ class Download:
                     raise  # nobody there from the start: more likely no network than a bad moment
                 wait_or_stop(self.policy.delay(failures, error), self.stop)
 
-    def _planned(self, handle: int, total: int, validator: str | None) -> _State:
+    def _planned(self, handle: int, total: int, validator: str | None) -> DownloadState:
         self.check_size(total)
         number = max(min(total // PIECE, 4 * self.connections if self.connections > 1 else 1), 1)
         edges = [total * index // number for index in range(number + 1)]
-        pieces = [_Piece(start, end) for start, end in zip(edges, edges[1:], strict=False)]
-        state = _State(self.remote.url, total, validator, pieces)
+        pieces = [Piece(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+        state = DownloadState(self.remote.url, total, validator, pieces)
         self._save(handle, state)
         return state
 
-    def _whole(self, handle: int, response: HTTPResponse) -> _State:
+    def _whole(self, handle: int, response: HTTPResponse) -> DownloadState:
         """Take the body of an answer that is not a piece, from its first byte to its last."""
         with closing(response):
             length = response.headers.get("Content-Length")
             expected = int(length) if length is not None and length.isdigit() else None
             if expected is not None:
                 self.check_size(expected)
-            state = _State(self.remote.url, None, None, [_Piece(0, None)])
+            state = DownloadState(self.remote.url, None, None, [Piece(0, None)])
             os.ftruncate(handle, 0)
             for chunk in read_chunks(response, self.policy, self.stop):
                 self._write(handle, state, state.pieces[0], chunk, expected)
@@ -238,7 +202,7 @@ class Download:
                 raise TransferError("broken", f"cut off after {there:,} of {expected:,} bytes")
             return state
 
-    def _all_pieces(self, handle: int, state: _State) -> None:
+    def _all_pieces(self, handle: int, state: DownloadState) -> None:
         left = [piece for piece in state.pieces if not piece.complete]
         if not left:
             return
@@ -260,7 +224,7 @@ class Download:
         if not all(piece.complete for piece in state.pieces):
             raise Stopped
 
-    def _piece(self, handle: int, state: _State, piece: _Piece, failed: threading.Event) -> None:
+    def _piece(self, handle: int, state: DownloadState, piece: Piece, failed: threading.Event) -> None:
         failures = 0
         while not piece.complete:
             if failed.is_set():
@@ -272,7 +236,7 @@ class Download:
                 failures = 1 if piece.done > before else failures + 1
                 wait_or_stop(self.policy.delay(failures, error), self.stop)
 
-    def _continue(self, handle: int, state: _State, piece: _Piece, failed: threading.Event) -> None:
+    def _continue(self, handle: int, state: DownloadState, piece: Piece, failed: threading.Event) -> None:
         first = piece.start + piece.done
         headers = {"Range": f"bytes={first}-{(piece.end or 0) - 1}"}
         if state.validator:
@@ -301,7 +265,7 @@ class Download:
         if not piece.complete:
             raise TransferError("broken", f"cut off, {(piece.end or 0) - piece.start - piece.done:,} bytes short")
 
-    def _write(self, handle: int, state: _State, piece: _Piece, chunk: bytes, total: int | None) -> None:
+    def _write(self, handle: int, state: DownloadState, piece: Piece, chunk: bytes, total: int | None) -> None:
         offset, view = piece.start + piece.done, memoryview(chunk)
         while view:
             written = os.pwrite(handle, view, offset)
@@ -311,7 +275,7 @@ class Download:
         if state.total is not None and time.monotonic() - self._saved > _SAVE_EVERY:
             self._save(handle, state)
 
-    def _save(self, handle: int, state: _State) -> None:
+    def _save(self, handle: int, state: DownloadState) -> None:
         with self._lock:
             text = state.text()  # before the sync: it may promise less than is there, never more
             os.fsync(handle)
@@ -319,7 +283,7 @@ class Download:
             self._saved = time.monotonic()
 
     @staticmethod
-    def _there(state: _State) -> int:
+    def _there(state: DownloadState) -> int:
         return sum(piece.done for piece in state.pieces)
 
 

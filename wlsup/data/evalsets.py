@@ -14,13 +14,22 @@ from torch.utils.data import Dataset
 from wlsup.batch import Domain, EvalSet, ImageSpec
 from wlsup.data.decoders import decode
 from wlsup.data.images import UnreadableImage
-from wlsup.data.stores import ImageStore, clean_name, open_store
+from wlsup.data.stores import ImageStore, check_path, clean_name, open_store
 from wlsup.data.table import IMAGE_COLUMNS, resolve_prefix
 from wlsup.data.tabular import Table, read_table
 from wlsup.data.transforms import EvalTransform, normalize
 from wlsup.errors import WlsupError, choose
 
-__all__ = ["EvalSetSpec", "LabelledPictures", "build_eval_set", "eval_set_names", "register_eval_set"]
+__all__ = [
+    "EvalSetSpec",
+    "LabelledPictures",
+    "build_eval_set",
+    "check_eval_sets",
+    "check_present",
+    "eval_set_names",
+    "locate_eval_set",
+    "register_eval_set",
+]
 
 _TEST_NAMES = ("test", "val", "validation")
 
@@ -127,17 +136,57 @@ def build_eval_set(entry: str | EvalSetSpec, spec: ImageSpec, root: str | None =
     """
     from wlsup.data.published import PUBLISHED, published_eval_set  # on use: it is built on this module
 
+    kind = _kind(entry)
+    if kind in PUBLISHED:
+        entry = EvalSetSpec(entry) if isinstance(entry, str) else entry
+        return published_eval_set(kind, entry, spec, root)
+    return _own_set(kind, entry, spec) if isinstance(entry, EvalSetSpec) else _BUILDERS[kind](kind, spec)
+
+
+def check_eval_sets(entries: Sequence[str | EvalSetSpec]) -> None:
+    """Refuse names, kinds and domains that there are none of, and two sets of one name, without looking for files.
+
+    Raises:
+        WlsupError: with the valid ones.
+    """
+    names = Counter(entry.name if isinstance(entry, EvalSetSpec) else entry for entry in entries if _kind(entry))
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise WlsupError(f"Two eval sets are called {twice[0]!r}, and results are kept by name. Rename one.")
+
+
+def locate_eval_set(entry: str | EvalSetSpec, root: str | None = None) -> None:
+    """Refuse a set that is not here, by whether its paths exist: quick, before anything is read.
+
+    Args:
+        entry: as `build_eval_set` takes it.
+        root: likewise.
+
+    Raises:
+        WlsupError: naming what is missing and where it was looked for.
+    """
+    from wlsup.data.published import PUBLISHED, locate
+
+    kind = _kind(entry)
+    entry = EvalSetSpec(entry) if isinstance(entry, str) else entry
+    if kind in PUBLISHED:
+        locate(kind, entry, root)
+        return
+    for option in ("images", "labels"):
+        check_path(getattr(entry, option), f"{option} of eval set {entry.name!r}")
+
+
+def _kind(entry: str | EvalSetSpec) -> str:
+    """Return "imagefolder", "table", or the name of a known set; see `build_eval_set`."""
+    from wlsup.data.published import PUBLISHED
+
     if isinstance(entry, EvalSetSpec):
-        kind = entry.kind or ("table" if entry.labels or entry.name not in PUBLISHED else entry.name)
-        choose("kind of eval set", kind, ("imagefolder", "table", *PUBLISHED))
         choose("domain", "out" if entry.domain is None else entry.domain, ("in", "out"))
-        return published_eval_set(kind, entry, spec, root) if kind in PUBLISHED else _own_set(kind, entry, spec)
-    name = choose(
+        kind = entry.kind or ("table" if entry.labels or entry.name not in PUBLISHED else entry.name)
+        return choose("kind of eval set", kind, ("imagefolder", "table", *PUBLISHED))
+    return choose(
         "eval set", entry, eval_set_names(), "For a set of your own give name, kind, images, labels and domain instead."
     )
-    if name in PUBLISHED:
-        return published_eval_set(name, EvalSetSpec(name), spec, root)
-    return _BUILDERS[name](name, spec)
 
 
 def _own_set(kind: str, entry: EvalSetSpec, spec: ImageSpec) -> EvalSet:
@@ -245,10 +294,15 @@ def _check_files(entry: EvalSetSpec, store: ImageStore, names: Sequence[str]) ->
             f"{entry.labels} lists {len(repeated)} pictures more than once, such as {repeated[0]!r}. Each picture may "
             "be in one split, with one label."
         )
-    missing = [(name, why) for name in names if (why := store.problem(name)) is not None]
+    check_present(entry, store, names, f"Check images ({entry.images})")
+
+
+def check_present(entry: EvalSetSpec, store: ImageStore, names: Sequence[str], advice: str) -> None:
+    """Refuse a set of whose pictures too many are not in ``store``; ``advice`` says what to do about it."""
+    missing = store.problems(names)
     if len(missing) > entry.max_bad_fraction * len(names):
-        name, why = missing[0]
+        name, why = next(iter(missing.items()))
         raise WlsupError(
             f"Eval set {entry.name!r}: {len(missing)} of {len(names)} pictures cannot be had, such as {name!r} "
-            f"({why}). Check images ({entry.images}), or raise max_bad_fraction ({entry.max_bad_fraction:g})."
+            f"({why}). {advice}, or raise max_bad_fraction ({entry.max_bad_fraction:g})."
         )

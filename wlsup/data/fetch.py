@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from wlsup.data.catalog import CatalogEntry, RemoteFile, entry_status
+from wlsup.data.catalog import CatalogEntry, RemoteFile
 from wlsup.data.download import Download, WrongBytes, file_matches
+from wlsup.data.locate import entry_status
 from wlsup.data.progress import human_bytes, progress
 from wlsup.data.transport import Stopped, TransferError, TransferPolicy
 from wlsup.errors import WlsupError

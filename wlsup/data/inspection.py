@@ -1,27 +1,23 @@
-"""Looking closely at pictures: what is wrong with one, what is odd about it, and many of them at once."""
+"""Looking closely at a picture: what is wrong with it, and what is odd about it."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from PIL import Image
 
 from wlsup.data.images import MAX_ASPECT, MAX_PIXELS, UnreadableImage, decode_rgb
+from wlsup.data.picture_files import PictureFiles
 from wlsup.data.sources import Pictures
-from wlsup.data.stores import ImageStore
 
-__all__ = ["DecodedReader", "FileReader", "PictureFacts", "PictureReader", "StoreFiles", "inspect_all", "inspect_bytes"]
+__all__ = ["DecodedReader", "FileReader", "PictureFacts", "PictureReader", "inspect_bytes"]
 
-_CHUNK = 32
 _ORIENTATION = 274
 
 
@@ -48,73 +44,35 @@ class PictureFacts:
     digest: str = ""
 
 
-class PictureReader(Protocol):
-    """Pictures by position, to be looked at; picklable."""
-
-    def __len__(self) -> int:
-        """Return their number."""
-        ...
-
-    def facts(self, index: int, min_side: int) -> PictureFacts:
-        """Look at picture ``index``; one with a side shorter than ``min_side`` pixels is tiny."""
-        ...
-
-    def name(self, index: int) -> str:
-        """Return the name of picture ``index``."""
-        ...
-
-
-class PictureFiles(Protocol):
-    """Picture files by position; picklable."""
-
-    def read(self, index: int) -> bytes:
-        """Return the content of file ``index``; raise `UnreadableImage` saying why not."""
-        ...
-
-    def problem(self, index: int) -> str | None:
-        """Say why file ``index`` cannot be had at all, or None."""
-        ...
-
-
-@dataclass
-class StoreFiles:
-    """Files of a store.
+class PictureReader(ABC):
+    """Pictures by position, to be looked at; picklable.
 
     Args:
-        store: where they lie.
-        names: as the store knows them.
+        keys: one a picture, as the report shall name it.
     """
 
-    store: ImageStore
-    names: Sequence[str]
-
-    def read(self, index: int) -> bytes:
-        """Return the content of file ``index``; Raises `UnreadableImage` saying why not."""
-        return self.store.read(self.names[index])
-
-    def problem(self, index: int) -> str | None:
-        """Say why file ``index`` cannot be had at all, or None."""
-        return self.store.problem(self.names[index])
-
-
-@dataclass
-class FileReader:
-    """Picture files, looked at one by one.
-
-    Args:
-        files: the files.
-        keys: as the report shall name them.
-    """
-
-    files: PictureFiles
-    keys: Sequence[str]
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.keys = keys
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def name(self, index: int) -> str:
-        """Return the name of picture ``index``."""
-        return self.keys[index]
+    @abstractmethod
+    def facts(self, index: int, min_side: int) -> PictureFacts:
+        """Look at picture ``index``; one with a side shorter than ``min_side`` pixels is tiny."""
+
+
+class FileReader(PictureReader):
+    """Picture files, looked at one by one.
+
+    Args:
+        files: the files.
+        keys: as `PictureReader`.
+    """
+
+    def __init__(self, files: PictureFiles, keys: Sequence[str]) -> None:
+        super().__init__(keys)
+        self.files = files
 
     def facts(self, index: int, min_side: int) -> PictureFacts:
         """Look at the file of picture ``index``."""
@@ -131,24 +89,17 @@ class FileReader:
         return inspect_bytes(key, data, min_side)
 
 
-@dataclass
-class DecodedReader:
+class DecodedReader(PictureReader):
     """Pictures that have no file of their own (arrays, databases): only what decoding shows.
 
     Args:
         pictures: the pictures.
-        keys: as the report shall name them.
+        keys: as `PictureReader`.
     """
 
-    pictures: Pictures
-    keys: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def name(self, index: int) -> str:
-        """Return the name of picture ``index``."""
-        return self.keys[index]
+    def __init__(self, pictures: Pictures, keys: Sequence[str]) -> None:
+        super().__init__(keys)
+        self.pictures = pictures
 
     def facts(self, index: int, min_side: int) -> PictureFacts:
         """Decode picture ``index``."""
@@ -230,94 +181,3 @@ def _traits(data: bytes) -> tuple[str, ...]:
                 "exif-rotated": picture.getexif().get(_ORIENTATION, 1) != 1,
             }
     return tuple(trait for trait, is_so in found.items() if is_so)
-
-
-def inspect_all(
-    reader: PictureReader,
-    *,
-    workers: int = 0,
-    min_side: int = 16,
-    report: Callable[[int, int | None], None] = lambda done, total: None,
-) -> Iterator[PictureFacts]:
-    """Look at every picture; the order is that of completion.
-
-    Args:
-        reader: the pictures.
-        workers: processes; 0 to work in this one. A picture that makes a process crash is a fault like any other.
-        min_side: as `inspect_bytes`.
-        report: called with (pictures done, pictures in all).
-    """
-    chunks = [range(start, min(start + _CHUNK, len(reader))) for start in range(0, len(reader), _CHUNK)]
-    results = (
-        ([reader.facts(index, min_side) for index in chunk] for chunk in chunks)
-        if workers < 1
-        else _in_processes(reader, chunks, workers, min_side)
-    )
-    done = 0
-    for facts in results:
-        done += len(facts)
-        report(done, len(reader))
-        yield from facts
-
-
-def _in_processes(
-    reader: PictureReader, chunks: Sequence[range], workers: int, min_side: int
-) -> Iterator[list[PictureFacts]]:
-    left = list(reversed(chunks))
-    running: dict[Future[list[PictureFacts]], range] = {}
-    with _pool(reader, workers) as pool:
-        try:
-            while left or running:
-                while left and len(running) < 3 * workers:
-                    future = pool.submit(_look, left[-1], min_side)  # may raise, and then the chunk must not be lost
-                    running[future] = left.pop()
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    facts = future.result()
-                    del running[future]
-                    yield facts
-            return
-        except BrokenProcessPool:
-            left += [chunk for future, chunk in running.items() if not _came_through(future)]
-            facts = [future.result() for future in running if _came_through(future)]
-    yield from facts
-    # One of a few chunks killed its process. One by one, to name the picture.
-    suspects = [index for chunk in left[-3 * workers :] for index in chunk]
-    yield _one_by_one(reader, suspects, min_side)
-    yield from _in_processes(reader, left[: -3 * workers], workers, min_side)
-
-
-def _came_through(future: Future[list[PictureFacts]]) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None
-
-
-def _one_by_one(reader: PictureReader, suspects: Sequence[int], min_side: int) -> list[PictureFacts]:
-    facts: list[PictureFacts] = []
-    while len(facts) < len(suspects):
-        with _pool(reader, 1) as pool:  # a new process after each that died
-            try:
-                for index in suspects[len(facts) :]:
-                    facts += pool.submit(_look, range(index, index + 1), min_side).result()
-            except BrokenProcessPool:
-                facts.append(PictureFacts(reader.name(suspects[len(facts)]), "corrupt", "crashes the decoder"))
-    return facts
-
-
-def _pool(reader: PictureReader, workers: int) -> ProcessPoolExecutor:
-    # A fork has everything imported already; elsewhere each process imports for itself.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_adopt, initargs=(reader,))
-
-
-_reader: PictureReader | None = None
-
-
-def _adopt(reader: PictureReader) -> None:
-    global _reader
-    _reader = reader
-
-
-def _look(indices: range, min_side: int) -> list[PictureFacts]:
-    if _reader is None:
-        raise RuntimeError("the process was not set up")
-    return [_reader.facts(index, min_side) for index in indices]

@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from wlsup.errors import WlsupError
@@ -41,6 +42,10 @@ CREATE TABLE IF NOT EXISTS rows(line INTEGER PRIMARY KEY, name TEXT, problem TEX
 CREATE TABLE IF NOT EXISTS facts(name TEXT PRIMARY KEY, value TEXT);
 """
 _ALL = 1 << 62
+_BATCH = 200_000
+"""Rows taken in at once, sorted by name: in the file's order each would fall on another page of the table."""
+
+_CACHE = 256 << 10  # kB of the tables kept in memory: rows are looked up by name, which is in no order of the file's
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class Ledger:
         try:
             self._base = sqlite3.connect(path, timeout=2.0, isolation_level=None)
             self._base.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._base.execute(f"PRAGMA cache_size = -{_CACHE}")
             self._base.executescript(_SCHEMA)
             self._base.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
@@ -150,7 +156,9 @@ class Ledger:
             self._base.execute("DELETE FROM rows")
             self._base.execute("UPDATE links SET line = NULL")
             with open(tsv, encoding="utf-8", errors="replace", newline="\n") as lines:
-                self._base.executemany("INSERT INTO rows VALUES (?, ?, ?)", self._register(lines))
+                numbered = enumerate(lines, start=1)
+                while batch := list(islice(numbered, _BATCH)):
+                    self._register(batch)
             self._base.execute("INSERT OR REPLACE INTO facts VALUES ('tsv', ?)", (digest.hexdigest(),))
             self.commit()
         number = self._base.execute("SELECT COUNT(*) FROM rows").fetchone()[0]
@@ -158,22 +166,27 @@ class Ledger:
             raise WlsupError(f"--tsv {tsv} is empty. Each line must be a caption, a tab, and an address.")
         return number
 
-    def _register(self, lines: Iterable[str]) -> Iterator[tuple[int, str | None, str | None]]:
-        for number, line in enumerate(lines, start=1):
+    def _register(self, batch: Iterable[tuple[int, str]]) -> None:
+        """Write down numbered lines, and the links that they name."""
+        rows: list[tuple[int, str | None, str | None]] = []
+        links: list[tuple[str, int, str]] = []
+        for number, line in batch:
             caption, tab, url = line.rstrip("\r\n").rpartition("\t")
             url = url.strip()
             if not line.strip() or (number == 1 and url.casefold() in {"url", "image_url"}):
                 continue
             if not tab or not caption.strip() or not url.lower().startswith(("http://", "https://")):
-                yield number, None, "bad-row"
+                rows.append((number, None, "bad-row"))
                 continue
             name = link_name(url)
-            self._base.execute(
-                "INSERT INTO links(name, url, line) VALUES (?, ?, ?) "
-                "ON CONFLICT(name) DO UPDATE SET line = COALESCE(line, excluded.line)",
-                (name, url, number),
-            )
-            yield number, name, None
+            rows.append((number, name, None))
+            links.append((name, number, url))
+        self._base.executemany(
+            "INSERT INTO links(name, line, url) VALUES (?, ?, ?) "
+            "ON CONFLICT(name) DO UPDATE SET line = COALESCE(line, excluded.line)",
+            sorted(links),
+        )
+        self._base.executemany("INSERT INTO rows VALUES (?, ?, ?)", rows)
 
     def reopen(self, outcomes: Iterable[str]) -> int:
         """Set links of these outcomes back to pending, to be tried again; return their number."""

@@ -1,17 +1,54 @@
-"""Where a fetched source of captions lies, for commands that are given its name only."""
+"""Where data sets lie, and what there is of each; imports neither torch nor the network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from wlsup.data.images import UnreadableImage
-from wlsup.data.shards import ShardPictures
-from wlsup.data.sources import CaptionSource, Pictures, PicturesPart, StoredPictures
+from wlsup.data.catalog import CatalogEntry
 
-__all__ = ["FileBytes", "source_paths"]
+__all__ = ["Status", "data_root", "entry_status", "source_paths"]
 
 _ALIASES = {"cc3m": "conceptual_captions"}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What there is of a data set.
+
+    Args:
+        entry: the set.
+        folder: where it is looked for.
+        missing: markers not there.
+        partial: downloads begun and not finished.
+    """
+
+    entry: CatalogEntry
+    folder: Path
+    missing: tuple[str, ...]
+    partial: tuple[str, ...]
+
+    @property
+    def state(self) -> str:
+        """Either complete, partial or missing."""
+        if not self.missing:
+            return "complete"
+        return "partial" if self.partial or len(self.missing) < len(self.entry.markers) else "missing"
+
+
+def data_root(given: str | Path | None = None) -> Path:
+    """Return the folder of all data sets: ``given``, else the environment variable WLSUP_DATA, else ``./data``."""
+    return Path(given or os.environ.get("WLSUP_DATA") or "data").expanduser()
+
+
+def entry_status(entry: CatalogEntry, root: Path) -> Status:
+    """Look what there is of ``entry`` under ``root``."""
+    folder = root / entry.name
+    missing = tuple(marker for marker in entry.markers if next(iter(folder.glob(marker)), None) is None)
+    partial = tuple(sorted(path.name.removesuffix(".part") for path in folder.glob("*.part")))
+    return Status(entry, folder, missing, partial)
 
 
 def source_paths(name: str, captions: str | None, images: str | None, root: Path) -> tuple[str, str | None, str | None]:
@@ -43,44 +80,3 @@ def source_paths(name: str, captions: str | None, images: str | None, root: Path
 
 def _first(paths: Iterable[Path]) -> str | None:
     return next((str(path) for path in paths if path.exists()), None)
-
-
-class FileBytes:
-    """The content of a source's picture files, by position, undecoded.
-
-    Args:
-        source: of captions.
-
-    Attributes:
-        available: whether the source's pictures are files at all.
-    """
-
-    def __init__(self, source: CaptionSource) -> None:
-        pictures: Pictures = source.pictures
-        self._indices: Sequence[int] | None = None
-        while isinstance(pictures, PicturesPart):
-            inner = pictures.indices
-            self._indices = inner if self._indices is None else [inner[index] for index in self._indices]
-            pictures = pictures.whole
-        self._pictures = pictures
-        self.available = isinstance(pictures, (StoredPictures, ShardPictures))
-
-    def read(self, index: int) -> bytes:
-        """Return the file of picture ``index``.
-
-        Raises:
-            UnreadableImage: saying why not.
-        """
-        index = index if self._indices is None else self._indices[index]
-        if isinstance(self._pictures, StoredPictures):
-            return self._pictures.store.read(self._pictures.names[index])
-        if isinstance(self._pictures, ShardPictures):
-            return self._pictures.bytes_of(index)
-        raise UnreadableImage("has no file of its own")
-
-    def problem(self, index: int) -> str | None:
-        """Say why the file cannot be had at all, if its store knows."""
-        index = index if self._indices is None else self._indices[index]
-        if isinstance(self._pictures, StoredPictures):
-            return self._pictures.store.problem(self._pictures.names[index])
-        return None

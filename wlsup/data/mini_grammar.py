@@ -7,6 +7,7 @@ words for them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,6 +97,11 @@ def _article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
+def _filled(phrase: str, *colours: str, **named: str) -> str:
+    """Put colours into a phrase, with the article that they ask for: 'on an orange background'."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", phrase.format(*colours, **named))
+
+
 def _there_are(several: str) -> str:
     return f"there is {several}" if several.startswith("a ") else f"there are {several}"
 
@@ -119,7 +125,7 @@ class _Writer:
         if "texture" not in spare and draws.chance(0.12 if thing.texture == "plain" else 0.5):
             self.facts.add(("texture", index))
             if draws.chance(0.45) and TEXTURE_SUFFIXES[thing.texture]:
-                suffix = " " + draws.pick(TEXTURE_SUFFIXES[thing.texture]).format(colour=thing.texture_colour)
+                suffix = " " + _filled(draws.pick(TEXTURE_SUFFIXES[thing.texture]), colour=thing.texture_colour)
             else:
                 words.append(draws.pick(TEXTURE_ADJECTIVES[thing.texture]))
         if "colour" not in spare and (generic or draws.chance(0.62)):
@@ -140,8 +146,7 @@ class _Writer:
         """Where it all is: 'on a sandy beach'."""
         self.facts.add(("ground",))
         colours = [self.draws.pick(COLOUR_WORDS[name]) for name in self.scene.ground_colours]
-        phrase = self.draws.pick(GROUND_PHRASES[self.scene.ground])
-        return phrase.format(*colours)
+        return _filled(self.draws.pick(GROUND_PHRASES[self.scene.ground]), *colours)
 
     def place(self, index: int) -> str | None:
         """Where an object is on the canvas: 'in the top left corner'."""

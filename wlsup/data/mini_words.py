@@ -89,7 +89,7 @@ TEXTURE_SUFFIXES: dict[str, tuple[str, ...]] = {
 GROUND_PHRASES: dict[str, tuple[str, ...]] = {
     "sand": ("on sand", "on a sandy beach", "in the desert", "on dry sand", "in the sand"),
     "grass": ("on grass", "on a green lawn", "in a meadow", "on the lawn", "in the grass"),
-    "water": ("on water", "on blue waves", "in the sea", "on a pond", "floating on water"),
+    "water": ("on water", "on blue waves", "in the sea", "on a pond", "on the water"),
     "brick": ("on a brick wall", "against bricks", "in front of a brick wall", "on red bricks"),
     "snow": ("in the snow", "on fresh snow", "on a snowy field", "on snow"),
     "night": ("in the night sky", "at night", "under a dark starry sky", "against the dark sky"),

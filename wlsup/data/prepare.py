@@ -15,7 +15,8 @@ from PIL import Image
 
 from wlsup.data.fetch import check_space
 from wlsup.data.images import PICTURE_SUFFIXES, UnreadableImage
-from wlsup.data.locate import FileBytes, source_paths
+from wlsup.data.locate import source_paths
+from wlsup.data.picture_files import FileBytes
 from wlsup.data.progress import progress
 from wlsup.data.shard_index import load_index, save_index, verify_shards
 from wlsup.data.shards import ShardSample, build_index, write_shards

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wlsup.batch import Domain, EvalSet, ImageSpec
-from wlsup.data.catalog import data_root
 from wlsup.data.cifar import CIFAR10, CIFAR100, read_cifar
 from wlsup.data.evalsets import EvalSetSpec, LabelledPictures
-from wlsup.data.published_folders import FolderRows, read_dtd, read_eurosat, read_imagenet
+from wlsup.data.locate import data_root
+from wlsup.data.published_folders import EUROSAT_PLACES, FolderRows, read_dtd, read_eurosat, read_imagenet
 from wlsup.data.svhn import read_svhn
 from wlsup.data.transforms import EvalTransform, normalize
 from wlsup.errors import WlsupError
 
-__all__ = ["PUBLISHED", "ArrayRows", "LabelledArray", "PublishedSet", "published_eval_set"]
+__all__ = ["PUBLISHED", "ArrayRows", "LabelledArray", "PublishedSet", "locate", "published_eval_set"]
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,7 @@ PUBLISHED: dict[str, PublishedSet] = {
             read_svhn(folder / "train_32x32.mat"), read_svhn(folder / "test_32x32.mat"), DIGITS
         ),
     ),
-    "eurosat": PublishedSet(
-        "out", (("2750", "EuroSAT_RGB", "eurosat/2750", "EuroSAT.zip", "EuroSAT_RGB.zip"),), read_eurosat
-    ),
+    "eurosat": PublishedSet("out", (EUROSAT_PLACES,), read_eurosat),
     "dtd": PublishedSet("out", (("dtd/labels", "labels", "dtd/dtd/labels"),), read_dtd),
     "imagenet": PublishedSet(
         "in",
@@ -125,7 +123,7 @@ def published_eval_set(kind: str, entry: EvalSetSpec, spec: ImageSpec, root: str
         WlsupError: saying which files are missing and where they were looked for, or what is wrong with them.
     """
     published = PUBLISHED[kind]
-    rows = published.read(_locate(kind, published, entry, root), entry)
+    rows = published.read(locate(kind, entry, root), entry)
     if isinstance(rows, ArrayRows):
         train, test = LabelledArray(*rows.train, spec), LabelledArray(*rows.test, spec)
     else:
@@ -135,9 +133,13 @@ def published_eval_set(kind: str, entry: EvalSetSpec, spec: ImageSpec, root: str
     return EvalSet(entry.name, entry.domain or published.domain, train, test, list(rows.class_names))
 
 
-def _locate(kind: str, published: PublishedSet, entry: EvalSetSpec, root: str | None) -> Path:
-    """Return the folder that has all that the set needs."""
-    base = data_root(root)
+def locate(kind: str, entry: EvalSetSpec, root: str | None = None) -> Path:
+    """Return the folder that has all that a published set needs; arguments as `published_eval_set`.
+
+    Raises:
+        WlsupError: saying which files are missing and where they were looked for.
+    """
+    published, base = PUBLISHED[kind], data_root(root)
     candidates = [Path(entry.images).expanduser()] if entry.images is not None else [base / kind, base]
     lacking = {}
     for folder in candidates:

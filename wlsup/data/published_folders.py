@@ -7,15 +7,26 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from wlsup.data.evalsets import EvalSetSpec
+from wlsup.data.evalsets import EvalSetSpec, check_present
 from wlsup.data.imagenet import class_names_of, is_wnid
 from wlsup.data.stores import FolderStore, ImageStore, clean_name, open_store
 from wlsup.data.subset import hash_order
 from wlsup.errors import WlsupError
 
-__all__ = ["EUROSAT_COUNTS", "FolderRows", "eurosat_test_numbers", "read_dtd", "read_eurosat", "read_imagenet"]
+__all__ = [
+    "EUROSAT_COUNTS",
+    "EUROSAT_PLACES",
+    "FolderRows",
+    "eurosat_test_numbers",
+    "read_dtd",
+    "read_eurosat",
+    "read_imagenet",
+]
 
 _Part = tuple[list[str], list[int]]
+
+EUROSAT_PLACES = ("2750", "EuroSAT_RGB", "eurosat/2750", "EuroSAT.zip", "EuroSAT_RGB.zip")
+"""Where EuroSAT's class folders may lie: as published, in other distributions, or still packed."""
 
 EUROSAT_COUNTS = {
     "AnnualCrop": 3000,
@@ -68,8 +79,7 @@ def read_eurosat(folder: Path, entry: EvalSetSpec) -> FolderRows:
     Raises:
         WlsupError: if there are no such pictures.
     """
-    places = ("2750", "EuroSAT_RGB", "eurosat/2750", "EuroSAT.zip", "EuroSAT_RGB.zip")
-    store = open_store(next(folder / place for place in places if (folder / place).exists()))
+    store = open_store(next(folder / place for place in EUROSAT_PLACES if (folder / place).exists()))
     shipped = json.loads(files("wlsup").joinpath("assets/splits/eurosat.json").read_text())
     test = {f"{name}_{number}" for name, numbers in shipped["test"].items() for number in numbers}
     class_names = list(EUROSAT_COUNTS)
@@ -109,7 +119,7 @@ def read_dtd(folder: Path, entry: EvalSetSpec) -> FolderRows:
         )
     class_names = sorted({name.partition("/")[0] for name in bank + queries})
     ids = {name: position for position, name in enumerate(class_names)}
-    _check_present(entry, store, bank + queries)
+    check_present(entry, store, bank + queries, "Fetch the set again")
     train, test = ((names, [ids[name.partition("/")[0]] for name in names]) for names in (bank, queries))
     return FolderRows(store, train, test, class_names)
 
@@ -172,13 +182,3 @@ def _val_solution(*folders: Path) -> dict[str, str]:
             rows = (line.split(",") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
             return {row[0]: row[1].split(" ")[0] for row in rows if len(row) == 2 and is_wnid(row[1].split(" ")[0])}
     return {}
-
-
-def _check_present(entry: EvalSetSpec, store: ImageStore, names: list[str]) -> None:
-    missing = store.problems(names)
-    if len(missing) > entry.max_bad_fraction * len(names):
-        name, why = next(iter(missing.items()))
-        raise WlsupError(
-            f"Eval set {entry.name!r}: {len(missing)} of {len(names)} pictures cannot be had, such as {name!r} "
-            f"({why}). Fetch the set again, or raise max_bad_fraction ({entry.max_bad_fraction:g})."
-        )

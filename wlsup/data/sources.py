@@ -23,6 +23,7 @@ __all__ = [
     "PicturesPart",
     "SourceRequest",
     "StoredPictures",
+    "check_source",
     "load_source",
     "open_at",
     "register",
@@ -217,6 +218,18 @@ def source_names() -> list[str]:
     return sorted(_BUILDERS)
 
 
+def check_source(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a source that is unknown, or an option that it has not; Raises `WlsupError` with those there are."""
+    builder = _BUILDERS[choose("source", name, source_names())]
+    allowed = [
+        parameter.name
+        for parameter in inspect.signature(builder).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for option in options:
+        choose(f"option of source {name!r} in source_options:", option, allowed)
+
+
 def load_source(name: str, request: SourceRequest, options: Mapping[str, Any] | None = None) -> CaptionSource:
     """Build a source.
 
@@ -228,15 +241,8 @@ def load_source(name: str, request: SourceRequest, options: Mapping[str, Any] | 
     Raises:
         WlsupError: if the name or an option is unknown, or the source finds fault with its files.
     """
-    builder = _BUILDERS[choose("source", name, source_names())]
-    allowed = [
-        parameter.name
-        for parameter in inspect.signature(builder).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    for option in options or {}:
-        choose(f"option of source {name!r} in source_options:", option, allowed)
-    source = builder(request, **(options or {}))
+    check_source(name, options or {})
+    source = _BUILDERS[name](request, **(options or {}))
     if not source.keys:
         causes = sorted(set(source.dropped.values()))[:3]
         raise WlsupError(

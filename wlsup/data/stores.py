@@ -18,6 +18,7 @@ __all__ = [
     "ImageStore",
     "JoinedStore",
     "TarStore",
+    "check_path",
     "clean_name",
     "escapes",
     "open_store",
@@ -272,6 +273,12 @@ class JoinedStore(ImageStore):
         return self._stores[label].read(rest)
 
 
+def check_path(path: str | Path | None, option: str) -> None:
+    """Refuse a path that was given as ``option`` and leads nowhere; Raises `WlsupError` naming both."""
+    if path is not None and not Path(path).expanduser().exists():
+        raise WlsupError(f"{option}: no such file or folder: {path}. Looked in {Path.cwd()}; give a path that exists.")
+
+
 def open_store(path: str | Path, option: str = "images") -> ImageStore:
     """Open a folder, a tar or a zip of pictures.
 
@@ -282,13 +289,10 @@ def open_store(path: str | Path, option: str = "images") -> ImageStore:
     Raises:
         WlsupError: if the path does not exist, or is none of the three, or the archive is damaged.
     """
+    check_path(path, option)
     path = Path(path).expanduser()
     if path.is_dir():
         return FolderStore(path)
-    if not path.exists():
-        raise WlsupError(
-            f"{option}: no such folder or archive: {path}. Looked in {Path.cwd()}; give a path that exists."
-        )
     if path.suffix.lower() in {".tar", ".gz", ".tgz"}:
         return TarStore(path)
     if path.suffix.lower() == ".zip":

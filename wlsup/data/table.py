@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
+from wlsup.data.captions import clean_caption, some_of
 from wlsup.data.sources import CaptionSource, SourceRequest, StoredPictures, register
 from wlsup.data.stores import ImageStore, clean_name, open_store
-from wlsup.data.tabular import Table, mend_text, read_table
+from wlsup.data.tabular import Table, read_table
 from wlsup.errors import WlsupError
 
 __all__ = ["CAPTION_COLUMNS", "IMAGE_COLUMNS", "resolve_prefix", "table_source"]
@@ -69,7 +70,7 @@ def table_source(
     dropped = {key: "no caption" for key, captions in records.items() if not captions}
     missing = {key: why for key in records if key not in dropped and (why := store.problem(prefix + key)) is not None}
     if missing:
-        notes.append(f"{len(missing)} images listed in {table.path.name} but not to be had: {_some(missing)}")
+        notes.append(f"{len(missing)} images listed in {table.path.name} but not to be had: {some_of(missing)}")
     dropped |= missing
     keys = sorted(key for key in records if key not in dropped)
     return CaptionSource(
@@ -115,16 +116,11 @@ def _group(table: Table, images: int, texts: int) -> tuple[dict[str, list[str]],
             continue
         captions = records.setdefault(clean_name(name), [])
         cell = row.values[texts]
-        found = [text for value in (cell if isinstance(cell, list) else [cell]) if (text := _caption(value))]
+        found = [text for value in (cell if isinstance(cell, list) else [cell]) if (text := clean_caption(value))]
         captions += found
         if not found:
             empty.append(row.line)
     return records, empty, nameless
-
-
-def _caption(value: object) -> str:
-    """Return the text on one line, single-spaced; "" for what is no text."""
-    return " ".join(mend_text(value)[0].split()) if isinstance(value, str) else ""
 
 
 def _check_encoding(table: Table, max_bad_fraction: float, encoding: str) -> None:
@@ -140,8 +136,3 @@ def _rows(lines: list[int]) -> str:
     """Say how many rows, and where the first are."""
     listed = ", ".join(map(str, lines[:5])) + (", ..." if len(lines) > 5 else "")
     return f"{len(lines)} rows (lines {listed})" if len(lines) > 1 else f"1 row (line {listed})"
-
-
-def _some(reasons: dict[str, str]) -> str:
-    shown: Iterable[str] = (f"{key} ({why})" for key, why in islice(reasons.items(), 3))
-    return "; ".join(shown) + ("; ..." if len(reasons) > 3 else "")

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from wlsup.batch import ImageSpec
 from wlsup.data.decoders import JpegPicture, check_decoder
+from wlsup.data.resize import resized_crop
 from wlsup.errors import WlsupError, choose
 
 __all__ = ["EvalTransform", "TrainTransform", "normalize", "random_crop_box"]
@@ -95,7 +96,7 @@ class TrainTransform:
         if isinstance(picture, JpegPicture):
             view = picture.resized_crop(*box, size, mode, self.decoder)
         else:
-            view = vision.resized_crop(picture, *box, size=[size, size], interpolation=mode, antialias=True)
+            view = resized_crop(picture, *box, size, mode)
         # Drawn even when flips are off, so that switching them on changes no crop.
         flip = stream.random() < 0.5
         return view.flip(-1) if self.horizontal_flip and flip else view
@@ -138,6 +139,12 @@ def normalize(pictures: Tensor | Sequence[Tensor], spec: ImageSpec) -> Tensor:
     Returns:
         float32 of the same shape.
     """
-    stacked = pictures if isinstance(pictures, Tensor) else torch.stack(list(pictures))
-    scaled = vision.to_dtype(stacked, torch.float32, scale=True)
+    if isinstance(pictures, Tensor):
+        scaled = vision.to_dtype(pictures, torch.float32, scale=True)
+    else:
+        # Straight into the batch: views come in channels-last order, and stacking them as bytes would turn them twice.
+        scaled = torch.empty(len(pictures), *pictures[0].shape)
+        for row, picture in zip(scaled, pictures, strict=True):
+            row.copy_(picture)
+        scaled.mul_(1 / 255)  # as torchvision's to_dtype
     return vision.normalize(scaled, list(spec.mean), list(spec.std), inplace=True)

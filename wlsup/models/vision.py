@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, resample_abs_pos_embed
@@ -111,7 +113,9 @@ class VisionEncoder(nn.Module):
             for index, block in enumerate(backbone.blocks):
                 block_rope = rope[index] if mixed and rope is not None else rope
                 if remat:
-                    tokens = checkpoint(self._run_block, block, tokens, block_rope, condition, use_reentrant=False)
+                    kept = self.condition_slot.kept()
+                    run = partial(self._run_block, block, rope=block_rope, condition=condition, kept=kept)
+                    tokens = checkpoint(run, tokens, use_reentrant=False)
                 else:
                     tokens = block(tokens) if block_rope is None else block(tokens, rope=block_rope)
             tokens = backbone.norm(tokens)
@@ -122,9 +126,12 @@ class VisionEncoder(nn.Module):
         """(B, 3, H, W) -> (B, D): the whole picture under the null condition; put the model in eval mode yourself."""
         return self(images).pooled
 
-    def _run_block(self, block: nn.Module, tokens: Tensor, rope: Tensor | None, condition: Condition | None) -> Tensor:
-        # Recomputation happens in the backward pass, when the slot is empty: lay the condition out again.
-        with self.condition_slot.holding(condition):
+    def _run_block(
+        self, block: nn.Module, tokens: Tensor, rope: Tensor | None, condition: Condition | None, kept: dict
+    ) -> Tensor:
+        # Recomputation happens in the backward pass, when the slot is empty: lay out again the condition, and what the
+        # blocks before this one had kept.
+        with self.condition_slot.holding(condition, kept):
             return block(tokens) if rope is None else block(tokens, rope=rope)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

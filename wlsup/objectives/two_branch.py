@@ -18,11 +18,13 @@ from torch import Tensor
 from wlsup.batch import Condition
 from wlsup.errors import WlsupError
 from wlsup.models.heads import ContrastiveHead
-from wlsup.models.mae import MaskedAutoencoder, random_masking
+from wlsup.models.mae import DecoderSpec, MaskedAutoencoder, build_mae, random_masking
+from wlsup.models.text import TextEncoder, TextSpec
+from wlsup.models.vision import VisionSpec
 from wlsup.objectives.contrastive import info_nce, siglip
 from wlsup.objectives.reconstruction import reconstruction_loss
 
-__all__ = ["ObjectiveSpec", "image_embedding", "two_branch_losses"]
+__all__ = ["ObjectiveSpec", "build_towers", "contrast", "image_embedding", "two_branch_losses"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,28 @@ class ObjectiveSpec:
             raise WlsupError("contrastive_weight and reconstruction_weight must be >= 0, and not both 0.")
 
 
+def build_towers(
+    encoder: VisionSpec, decoder: DecoderSpec, text: TextSpec, spec: ObjectiveSpec
+) -> tuple[MaskedAutoencoder, TextEncoder, ContrastiveHead]:
+    """Build what both branches need: a masked autoencoder, a frozen text encoder, and projections between them.
+
+    Args:
+        encoder: the pretrained vision encoder.
+        decoder: MAE's decoder, where the encoder's weights bring none.
+        text: the text encoder.
+        spec: width of the shared space, and whose initial scale and bias to take.
+
+    Returns:
+        The three.
+
+    Raises:
+        WlsupError: weights that are lacking or do not fit.
+    """
+    mae, captions = build_mae(encoder, decoder), TextEncoder(text)
+    head = ContrastiveHead(mae.encoder.embed_dim, captions.width, spec.projection_width, spec.contrastive)
+    return mae, captions, head
+
+
 def image_embedding(mae: MaskedAutoencoder, head: ContrastiveHead, images: Tensor, spec: ObjectiveSpec) -> Tensor:
     """Encode pictures for the contrastive branch: under the null condition, never under their own caption.
 
@@ -75,6 +99,23 @@ def image_embedding(mae: MaskedAutoencoder, head: ContrastiveHead, images: Tenso
         patches = (images.shape[-2] // mae.patch_size) * (images.shape[-1] // mae.patch_size)
         keep, _, _ = random_masking(len(images), patches, spec.mask_ratio, device=images.device)
     return head.embed_images(mae.encoder(images, condition=None, ids_keep=keep).pooled)
+
+
+def contrast(
+    head: ContrastiveHead, image: Tensor, text: Tensor, spec: ObjectiveSpec, keys: Sequence[str] | None = None
+) -> Tensor:
+    """Return the contrastive loss that ``spec`` names, unweighted.
+
+    Args:
+        head: its logit scale and bias.
+        image: (B, projection_width), of unit length.
+        text: likewise; ``text[i]`` belongs to ``image[i]``.
+        spec: which loss.
+        keys: B names of the pictures; pairs of one picture are not each other's negatives.
+    """
+    if spec.contrastive == "siglip":
+        return siglip(image, text, head.logit_scale, head.logit_bias, keys=keys)
+    return info_nce(image, text, head.logit_scale, keys=keys)
 
 
 def two_branch_losses(
@@ -110,10 +151,7 @@ def two_branch_losses(
     if spec.contrastive_weight:
         image = image_embedding(mae, head, images, spec)
         text = head.embed_captions(captions.pooled)
-        if spec.contrastive == "siglip":
-            losses["contrastive"] = siglip(image, text, head.logit_scale, head.logit_bias, keys=keys)
-        else:
-            losses["contrastive"] = info_nce(image, text, head.logit_scale, keys=keys)
+        losses["contrastive"] = contrast(head, image, text, spec, keys)
         total = total + spec.contrastive_weight * losses["contrastive"]
     losses["loss"] = total
     return losses

@@ -1,0 +1,214 @@
+"""Every approach over several seeds, and the table of what each did: `make results`.
+
+    python experiments/run_results.py [--approaches NAME ...] [--seeds 0 1 2] [--jobs N] [--out DIR] [-- OPTIONS]
+
+A run that has its results.json is not run again: the same call goes on with one that was broken off. OPTIONS go to
+every `wlsup fit`. Runs lie in DIR/runs/mini/NAME/seedK; the table, written after every run, in DIR/mini.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from wlsup.approaches import APPROACHES
+from wlsup.errors import WlsupError, choose
+from wlsup.files import write_json, write_text
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+def run(approach: str, seed: int, folder: Path, preset: str, options: list[str]) -> str | None:
+    """Make one run, in a process of its own; return what went wrong, None if nothing did."""
+    if folder.exists():
+        shutil.rmtree(folder)  # broken off before: it has no results.json
+    folder.mkdir(parents=True)
+    recipes = [HERE / "base.yaml", HERE / f"{approach}.yaml"]
+    overlays = [HERE / "overlays" / f"{name}.yaml" for name in (f"{preset}_{approach}", preset)]
+    if preset != "mini":
+        recipes.append(next((overlay for overlay in overlays if overlay.is_file()), overlays[-1]))
+    command = [sys.executable, "-m", "wlsup", "fit"]
+    for recipe in recipes:
+        command += ["-c", str(recipe)]
+    command += ["--seed_everything", str(seed), "--run_dir", str(folder), *options]
+    with (folder / "output.log").open("w") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+    if code == 0 and (folder / "results.json").is_file():
+        return None
+    lines = (folder / "output.log").read_text(errors="replace").strip().splitlines()
+    return f"exit code {code}: {lines[-1] if lines else 'no output'}"
+
+
+def interval(values: list[float]) -> dict[str, Any]:
+    """Return mean, 95 % interval over seeds (Student's t; none for a single seed) and the values."""
+    mean, half = statistics.fmean(values), None
+    if len(values) > 1:
+        spread = statistics.stdev(values) / len(values) ** 0.5
+        half = float(student.ppf(0.975, len(values) - 1)) * spread
+    return {"mean": mean, "ci95": None if half is None else [mean - half, mean + half], "values": values}
+
+
+def summarise(approach: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one approach's row out of its runs' results."""
+    knn = {}
+    for name, entry in results[0]["knn"].items():
+        knn[name] = {
+            "domain": entry["domain"],
+            "pretrained": entry["pretrained"],
+            "finetuned": interval([result["knn"][name]["finetuned"] for result in results]),
+            "delta": interval([result["knn"][name]["delta"] for result in results]),
+        }
+    row: dict[str, Any] = {"approach": approach, "seeds": [result["seed"] for result in results], "knn": knn}
+    for name in ("in_domain_delta", "out_of_domain_delta"):
+        values = [result["summary"][name] for result in results if result["summary"][name] is not None]
+        row[name] = interval(values) if len(values) == len(results) else None
+    memory = [result.get("peak_memory_mib", {}) for result in results]
+    row |= {
+        "parameters": results[0]["parameters"],
+        "pairs": results[0]["captions"]["pairs"],
+        "steps": results[0]["steps"],
+        "seconds": statistics.fmean(result["seconds"] for result in results),
+        "peak_resident_mib": max((one.get("resident") or 0 for one in memory), default=0),
+        "peak_gpu_mib": max((one.get("gpu") or 0 for one in memory), default=0) or None,
+        "tasks": [result["task"] for result in results if result.get("task")],
+    }
+    return row
+
+
+def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) -> str:
+    """Return the table for people."""
+    lines = [
+        f"# Every approach, preset `{preset}`",
+        "",
+        "Change of k-NN accuracy against the pretrained encoder, in points: mean over seeds, and its 95 % interval",
+        "over seeds (Student's t). In domain and out of domain are means over their sets. Bold: the interval excludes",
+        "0. A dash: the encoder is not trained, so its k-NN accuracy cannot change.",
+        "",
+        "| approach | seeds | in domain | out of domain | trained | seconds | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        share = 100 * row["parameters"]["trained"] / row["parameters"]["total"]
+        lines.append(
+            f"| `{row['approach']}` | {len(row['seeds'])} | {_points(row['in_domain_delta'])} "
+            f"| {_points(row['out_of_domain_delta'])} | {row['parameters']['trained']:,} ({share:.1f} %) "
+            f"| {row['seconds']:.0f} | {row['peak_resident_mib']:,.0f} |"
+        )
+    if rows:
+        sets = list(rows[0]["knn"])
+        lines += ["", "By set, accuracy in %, pretrained first:", "", "| approach | " + " | ".join(sets) + " |"]
+        lines += ["|---|" + "---:|" * len(sets)]
+        cells = [f"{100 * rows[0]['knn'][name]['pretrained']:.1f}" for name in sets]
+        lines.append("| pretrained | " + " | ".join(cells) + " |")
+        for row in rows:
+            cells = [_accuracy(row["knn"][name]) if name in row["knn"] else "" for name in sets]
+            lines.append(f"| `{row['approach']}` | " + " | ".join(cells) + " |")
+    for name, reason in failures.items():
+        lines += ["", f"`{name}` failed: {reason}"]
+    return "\n".join(lines) + "\n"
+
+
+def _points(delta: dict[str, Any] | None) -> str:
+    if delta is None or not any(delta["values"]):
+        return "-"
+    text = f"{100 * delta['mean']:+.1f}"
+    if delta["ci95"] is None:
+        return text
+    low, high = delta["ci95"]
+    text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def _accuracy(entry: dict[str, Any]) -> str:
+    ci = entry["finetuned"]["ci95"]
+    spread = "" if ci is None else f" ± {100 * (ci[1] - ci[0]) / 2:.1f}"
+    return f"{100 * entry['finetuned']['mean']:.1f}{spread}"
+
+
+def collect(out: Path, preset: str, approaches: list[str], seeds: list[int], failures: dict[str, str]) -> list[dict]:
+    """Read what runs there are and write both tables; return the rows."""
+    rows = []
+    for approach in approaches:
+        files = [_folder(out, preset, approach, seed) / "results.json" for seed in seeds]
+        found = [_read(file) for file in files if file.is_file()]
+        rows += [summarise(approach, found)] if found else []
+    table = {"preset": preset, "seeds": seeds, "rows": rows, "failures": failures}
+    write_json(out / f"{preset}.json", table)
+    write_text(out / f"{preset}.md", markdown(rows, failures, preset))
+    return rows
+
+
+def main() -> int:
+    """Run what is missing, then show the table; exits with 1 if a run failed, 2 on wrong options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--approaches", nargs="+", default=list(APPROACHES), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--preset", default="mini")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    own, _, options = _split(sys.argv[1:])
+    asked = parser.parse_args(own)
+    if asked.jobs < 1 or len(set(asked.seeds)) != len(asked.seeds):
+        raise WlsupError("--jobs must be at least 1, and each of --seeds be given once.")
+    for name in asked.approaches:
+        choose("approach", name, APPROACHES)
+    wanted = [(name, seed) for seed in asked.seeds for name in asked.approaches]
+    folders = {key: _folder(asked.out, asked.preset, *key).absolute() for key in wanted}
+    missing = [key for key in wanted if not (folders[key] / "results.json").is_file()]
+    print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done already", flush=True)
+    failures: dict[str, str] = {}
+    threads = max(1, (os.cpu_count() or 1) // asked.jobs)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    started = time.perf_counter()
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        work = {pool.submit(run, *key, folders[key], asked.preset, options): key for key in missing}
+        for done, future in enumerate(as_completed(work), start=1):
+            name, seed = work[future]
+            if problem := future.result():
+                failures[f"{name}, seed {seed}"] = problem
+            elapsed = time.perf_counter() - started
+            state = "failed: " + problem if problem else "done"
+            remaining = elapsed / done * (len(missing) - done)
+            print(f"{name}, seed {seed}: {state} ({done} of {len(missing)}, {remaining:.0f} s to go)", flush=True)
+            collect(asked.out, asked.preset, asked.approaches, asked.seeds, failures)
+    collect(asked.out, asked.preset, asked.approaches, asked.seeds, failures)
+    print((asked.out / f"{asked.preset}.md").read_text())
+    return 1 if failures else 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return results.json with what cost.json beside it says of memory."""
+    cost = file.with_name("cost.json")
+    return json.loads(file.read_text()) | (json.loads(cost.read_text()) if cost.is_file() else {})
+
+
+def _folder(out: Path, preset: str, approach: str, seed: int) -> Path:
+    return out / "runs" / preset / approach / f"seed{seed}"
+
+
+def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
+    """Part the options of this command from those of `wlsup fit`, which come after ``--``."""
+    if "--" not in arguments:
+        return arguments, "", []
+    place = arguments.index("--")
+    return arguments[:place], "--", arguments[place + 1 :]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except WlsupError as error:
+        print(f"run_results: error: {error}", file=sys.stderr)
+        sys.exit(2)

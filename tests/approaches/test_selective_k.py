@@ -1,0 +1,117 @@
+"""selective_k: k = 0 is frozen, k = all is full, the choice is remembered, and the same on every rank."""
+
+import pytest
+import torch
+
+from wlsup.approaches import approach_class
+from wlsup.batch import CaptionBatch
+from wlsup.errors import WlsupError
+
+SelectiveK, Full = approach_class("selective_k"), approach_class("full")
+PREFIX = "mae.encoder.backbone."
+
+
+def batches(count=2):
+    generator = torch.Generator().manual_seed(0)
+    captions = ["a red square", "a blue star", "two rings", "a green circle"]
+    return [
+        CaptionBatch(torch.randn(4, 3, 64, 64, generator=generator), captions, [f"{n}/{i}" for i in range(4)])
+        for n in range(count)
+    ]
+
+
+def trained(approach):
+    return set(approach.plan.trained_names(approach))
+
+
+def test_k_0_trains_the_heads_alone_and_k_all_what_full_trains():
+    assert {name.split(".")[0] for name in trained(SelectiveK(k=0))} == {"head"}
+    every = len(SelectiveK().groups)
+    assert trained(SelectiveK(k=every)) == trained(Full())
+    from wlsup.objectives.two_branch import ObjectiveSpec
+
+    both = ObjectiveSpec()
+    assert trained(SelectiveK(k=every, objective=both)) == trained(Full(objective=both))
+
+
+def test_trained_is_the_sum_over_the_chosen_groups_at_every_granularity():
+    for granularity, k in (("block", 2), ("sublayer", 3), ("tensor", 5)):
+        approach = SelectiveK(k=k, granularity=granularity, criterion="random")
+        inside = {name.removeprefix(PREFIX) for name in trained(approach) if name.startswith(PREFIX)}
+        chosen = [group for group in approach.groups if group.name in approach.chosen]
+        assert len(chosen) == k
+        assert inside == {name for group in chosen for name in group.names}
+
+
+@pytest.mark.parametrize("criterion", ["rgn", "fisher"])
+def test_gradient_criteria_choose_from_batches_and_leave_the_model_as_it_was(criterion):
+    approach = SelectiveK(k=2, criterion=criterion)
+    with pytest.raises(WlsupError, match="first batches"):
+        _ = approach.plan
+    with pytest.raises(WlsupError, match="select"):
+        approach.setup("fit")
+    before = {name: tensor.clone() for name, tensor in approach.state_dict().items()}
+    state = torch.get_rng_state()
+    approach.select(batches())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in approach.state_dict().items())
+    assert all(parameter.grad is None for parameter in approach.parameters())
+    again = SelectiveK(k=2, criterion=criterion)
+    again.head.load_state_dict(approach.head.state_dict())
+    assert again.select(batches()) == approach.chosen
+    assert len(approach.chosen) == 2
+
+
+def test_explicit_names_are_taken_and_wrong_ones_refused():
+    approach = SelectiveK(k=None, criterion="explicit", groups=["norm", "embed"])
+    assert approach.chosen == ("embed", "norm")
+    for wrong in (
+        {"criterion": "explicit", "groups": ["block.0"]},
+        {"criterion": "last", "groups": ["norm"]},
+        {"k": 99},
+        {"criterion": "newest"},
+        {"batches": 0},
+    ):
+        with pytest.raises(WlsupError):
+            SelectiveK(**wrong)
+
+
+def test_the_choice_is_in_the_checkpoint_and_comes_back_without_batches():
+    approach = SelectiveK(k=2, criterion="fisher")
+    approach.select(batches())
+    checkpoint = {"state_dict": dict(approach.state_dict())}
+    approach.on_save_checkpoint(checkpoint)
+    fresh = SelectiveK(k=2, criterion="fisher")
+    fresh.on_load_checkpoint(checkpoint)
+    assert (fresh.chosen, fresh.scores) == (approach.chosen, approach.scores)
+    assert trained(fresh) == trained(approach)
+    with pytest.raises(WlsupError, match="k = 3"):
+        SelectiveK(k=3, criterion="fisher").on_load_checkpoint(checkpoint)
+
+
+def test_the_scores_are_reported():
+    task = SelectiveK(k=2, criterion="last").measure(None)
+    assert [row["what"] for row in task["rows"]][-1] == "norm (trained)"
+
+
+def _rank(rank, world, path, queue):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    approach = SelectiveK(k=2, criterion="rgn")
+    approach.select(batches(2)[rank : rank + 1])  # each rank its own share
+    queue.put((rank, approach.chosen, approach.scores))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.multiprocess
+def test_every_rank_chooses_the_same(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_rank, args=(rank, 2, tmp_path / "store", queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    (_, one, scores), (_, other, same) = (queue.get(timeout=240) for _ in workers)
+    for worker in workers:
+        worker.join()
+    assert one == other
+    assert scores == same

@@ -1,0 +1,35 @@
+"""What a run's folder says beside k-NN: what the approach measured of itself, and the memory it took."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import torch
+
+from wlsup.callbacks.run_folder import RunFolder
+
+
+class Measuring(torch.nn.Module):
+    name = "measuring"
+
+    def measure(self, datamodule):
+        self.asked = datamodule, self.training
+        return {"title": "t", "rows": [{"what": "w", "value": 1.0, "unit": "%", "chance": None}], "note": ""}
+
+
+def test_the_approach_is_measured_when_trained_in_eval_mode_on_the_first_rank_only(tmp_path):
+    for rank_zero in (True, False):
+        folder, module = RunFolder(tmp_path, "", {}, {}), Measuring().train()
+        folder.on_train_end(SimpleNamespace(is_global_zero=rank_zero, datamodule="data"), module)
+        assert bool(folder.task) == rank_zero
+        assert folder.memory["resident"] > 0
+        assert not rank_zero or module.asked == ("data", False)
+
+
+def test_peak_memory_is_in_mebibytes():
+    code = (
+        "import torch; from wlsup.callbacks.run_folder import peak_memory; before = peak_memory()['resident'];"
+        "held = torch.ones(64 * 2**20); print(peak_memory()['resident'] - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 240 < float(done.stdout) < 300  # 64 Mi numbers of four bytes: 256 MiB

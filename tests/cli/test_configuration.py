@@ -1,0 +1,69 @@
+"""What configuring a run leaves behind: its own folder, and nothing for the next run in the same process."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from jsonargparse import Namespace
+
+from wlsup.cli import configuration, main
+
+SMALL = [
+    "fit", "-c", "experiments/base.yaml", "-c", "experiments/film.yaml", "--data.pairs", "32",
+    "--data.validation_pairs", "16", "--data.batch_size", "16", "--data.eval_sets", "[mini_digits]",
+    "--trainer.max_steps", "1",
+]  # fmt: skip
+
+
+def test_two_runs_in_one_process_get_a_folder_each(tmp_path):
+    for _ in range(2):
+        assert main([*SMALL, "--runs", str(tmp_path)]) == 0
+    folders = list((tmp_path / "film" / "mini" / "seed0").iterdir())
+    assert len(folders) == 2
+    assert all((folder / "results.json").is_file() for folder in folders)
+    assert "WLSUP_RUN_DIR" not in os.environ
+
+
+def test_the_processes_of_one_run_are_told_its_folder(tmp_path, monkeypatch):
+    seen = []
+    fit = SimpleNamespace(
+        run_dir=tmp_path,
+        config=Namespace(resume=None),
+        model=None,
+        datamodule=None,
+        trainer=SimpleNamespace(
+            is_global_zero=False, fit=lambda *args, **kwargs: seen.append(os.environ["WLSUP_RUN_DIR"])
+        ),
+    )
+    configuration.train(fit)
+    assert seen == [str(tmp_path)]
+    monkeypatch.setenv("WLSUP_RUN_DIR", "/given/from/outside")
+    configuration.train(fit)
+    assert os.environ["WLSUP_RUN_DIR"] == "/given/from/outside"
+
+
+def test_runs_begun_in_one_second_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(configuration.time, "strftime", lambda _: "20260101-000000")
+    config = Namespace(run_dir=None, runs=str(tmp_path), approach="film", preset="mini", seed_everything=3)
+    names = [configuration._run_dir(config).name for _ in range(3)]
+    assert names == ["20260101-000000", "20260101-000000-1", "20260101-000000-2"]
+
+
+def test_hyperparameters_are_what_was_chosen_and_no_paths_of_the_run():
+    config = Namespace(
+        config=["a.yaml"], runs="runs", run_dir=None, resume=None, preset="mini", approach="film", seed_everything=0,
+        model=Namespace(lr=0.1, train_decoder=None, objective=Namespace(mask_ratio=0.75)), betas=(0.9, 0.95),
+    )  # fmt: skip
+    assert configuration._hyperparameters(config) == {
+        "approach": "film",
+        "seed_everything": 0,
+        "model.lr": 0.1,
+        "model.objective.mask_ratio": 0.75,
+        "betas": "(0.9, 0.95)",
+    }
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere"])
+def test_a_folder_that_cannot_be_made_ends_in_one_message(folder, capsys):
+    assert main([*SMALL, "--runs", folder]) == 2
+    assert "Cannot make the run's folder" in capsys.readouterr().err

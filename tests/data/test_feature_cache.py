@@ -1,0 +1,129 @@
+"""Cached features: computed once, the same result, no picture read afterwards."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from wlsup.approaches import approach_class
+from wlsup.data.datamodule import CaptionDataModule
+from wlsup.data.dataset import CaptionDataset
+from wlsup.data.feature_cache import FeatureCache
+from wlsup.data.transforms import EvalTransform
+from wlsup.errors import WlsupError
+
+
+@pytest.fixture(scope="module")
+def lit():
+    torch.manual_seed(0)
+    module = approach_class("lit")()
+    module.setup("fit")
+    return module
+
+
+def data_for(module, cache=True):
+    data = CaptionDataModule(pairs=64, validation_pairs=16, batch_size=16, cache_features=cache)
+    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)
+    data.setup()
+    return data
+
+
+def plain_dataset(data, training=False):
+    source, spec = data._train, data._spec()
+    return CaptionDataset(source.keys, source.captions, source.pictures, EvalTransform(spec), spec, data.seed)
+
+
+def losses(module, batches, steps=8):
+    """Losses of a few steps from the same start."""
+    heads = {name: tensor.clone() for name, tensor in module.head.state_dict().items()}
+    optimizer = torch.optim.SGD(module.head.parameters(), lr=0.1)
+    found = []
+    for batch in batches[:steps]:
+        optimizer.zero_grad()
+        loss = module.losses(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    module.head.load_state_dict(heads)
+    return found
+
+
+def test_training_gives_the_same_as_without_the_cache_and_without_augmentation(lit):
+    data = data_for(lit)
+    cached = list(data.train_dataloader())
+    dataset = plain_dataset(data)
+    position = {key: index for index, key in enumerate(dataset.keys)}
+    uncached = []
+    for batch in cached:
+        other = dataset.__getitems__([position[key] for key in batch.keys])
+        other.captions = batch.captions
+        uncached.append(other)
+        assert batch.images.shape == (16, 0)
+    assert losses(lit, cached) == pytest.approx(losses(lit, uncached), rel=1e-5)
+
+
+def test_captions_are_still_drawn_each_epoch_as_without_the_cache(lit):
+    cached, plain = (list(data_for(lit, cache).train_dataloader()) for cache in (True, False))
+    assert [batch.captions for batch in cached] == [batch.captions for batch in plain]
+    assert [batch.keys for batch in cached] == [batch.keys for batch in plain]
+
+
+def test_the_encoder_runs_once_and_no_picture_is_read_after_that(lit, monkeypatch):
+    data = data_for(lit)
+    data.train_dataloader()
+    calls = []
+    monkeypatch.setattr(lit.mae.encoder, "forward", lambda *a, **k: calls.append(1))
+    monkeypatch.setattr(type(data._train.pictures), "read", lambda *a: calls.append(1))
+    for _ in range(2):
+        for batch in data.train_dataloader():
+            lit.losses(batch)
+    assert not calls
+
+
+def test_held_out_pairs_come_from_a_cache_too_with_first_captions(lit):
+    cached, plain = data_for(lit), data_for(lit, False)
+    for one, other in zip(cached.val_dataloader(), plain.val_dataloader(), strict=True):
+        assert one.captions == other.captions
+        assert torch.allclose(one.encoded.pooled, lit.encode(other).pooled, atol=1e-5)
+
+
+def test_the_encoder_part_of_later_epochs_is_100_times_faster(lit):
+    data = data_for(lit)
+    data.train_dataloader()
+    cache = data._caches["train"].cache
+    batch, positions = plain_dataset(data).__getitems__(list(range(64))), list(range(64))
+
+    def fastest(work):
+        times = []
+        for _ in range(5):
+            begin = time.process_time_ns()
+            work()
+            times.append(time.process_time_ns() - begin)
+        return max(min(times), 1)
+
+    with torch.no_grad():
+        ratio = fastest(lambda: lit.encoder(batch.images)) / fastest(lambda: cache.take(positions))
+    assert ratio >= 100
+
+
+def test_tokens_are_kept_where_they_are_asked_for(lit):
+    data, cache = data_for(lit), FeatureCache("tokens")
+    dataset = plain_dataset(data)
+    cache.fill(dataset, lit.eval().encoder, "cpu", batch_size=16)
+    batch = dataset.__getitems__([3, 5])
+    output, kept = lit.encoder(batch.images), cache.take([3, 5])
+    assert torch.allclose(kept.tokens, output.tokens, atol=1e-5)
+    assert torch.allclose(kept.patch_tokens, output.patch_tokens, atol=1e-5)
+
+
+def test_more_than_fits_into_memory_is_refused(lit, monkeypatch):
+    monkeypatch.setattr("wlsup.data.feature_cache._free_bytes", lambda: 1000)
+    with pytest.raises(WlsupError, match=r"data\.pairs"):
+        data_for(lit).train_dataloader()
+
+
+@pytest.mark.parametrize("name", ["full", "film"])
+def test_an_approach_that_changes_its_encoder_is_refused(name):
+    with pytest.raises(WlsupError, match=f"{name} trains the encoder"):
+        data_for(approach_class(name)()).train_dataloader()

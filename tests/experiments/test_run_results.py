@@ -1,0 +1,87 @@
+"""`make results`: the table's figures, and that done runs are not made again."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "run_results.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_results", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def results(approach, seed, delta):
+    entry = {"pretrained": 0.5, "finetuned": 0.5 + delta, "delta": delta}
+    return {
+        "approach": approach,
+        "seed": seed,
+        "steps": 3,
+        "seconds": 10.0 + seed,
+        "parameters": {"total": 100, "trained": 25},
+        "captions": {"pairs": 64},
+        "peak_memory_mib": {"resident": 500.0 + seed, "gpu": None},
+        "knn": {"near": {"domain": "in", **entry}, "far": {"domain": "out", **entry}},
+        "summary": {"in_domain_delta": delta, "out_of_domain_delta": delta},
+        "task": {},
+    }
+
+
+def test_means_and_intervals_over_seeds_are_students(script):
+    found = script.interval([1.0, 2.0, 3.0])
+    assert found["mean"] == 2.0
+    assert found["ci95"] == pytest.approx([2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5])  # t(0.975, 2) = 4.302653
+    assert script.interval([1.0])["ci95"] is None
+
+
+def test_the_row_holds_what_the_table_shows(script):
+    row = script.summarise("film", [results("film", seed, delta) for seed, delta in ((0, 0.01), (1, 0.03))])
+    assert row["in_domain_delta"]["mean"] == pytest.approx(0.02)
+    assert (row["seconds"], row["peak_resident_mib"], row["peak_gpu_mib"]) == (10.5, 501.0, None)
+    text = script.markdown([row], {"lora, seed 0": "exit code 2: no"}, "mini")
+    assert "| `film` | 2 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 10 | 501 |" in text
+    assert "| pretrained | 50.0 | 50.0 |" in text
+    assert "`lora, seed 0` failed: exit code 2: no" in text
+
+
+def test_only_what_is_missing_is_run_and_the_table_grows(script, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def pretend(approach, seed, folder, preset, options):
+        calls.append((approach, seed, options))
+        folder.mkdir(parents=True, exist_ok=True)
+        if approach == "lit":
+            return "exit code 2: broken"
+        told = results(approach, seed, 0.02 + seed / 1000)
+        cost = {"peak_memory_mib": told.pop("peak_memory_mib"), "seconds": told["seconds"]}
+        (folder / "results.json").write_text(json.dumps(told))
+        (folder / "cost.json").write_text(json.dumps(cost))
+        return None
+
+    monkeypatch.setattr(script, "run", pretend)
+    call = ["run_results", "--approaches", "film", "lit", "--seeds", "0", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*call, "--", "--trainer.max_epochs", "1"])
+    assert script.main() == 1
+    assert sorted(calls) == [(n, s, ["--trainer.max_epochs", "1"]) for n in ("film", "lit") for s in (0, 1)]
+    calls.clear()
+    monkeypatch.setattr(sys, "argv", [*call, "--jobs", "2"])
+    assert script.main() == 1
+    assert sorted((name, seed) for name, seed, _ in calls) == [("lit", 0), ("lit", 1)]
+    table = json.loads((tmp_path / "mini.json").read_text())
+    assert [row["approach"] for row in table["rows"]] == ["film"]
+    assert table["rows"][0]["peak_resident_mib"] == 501.0
+    assert set(table["failures"]) == {"lit, seed 0", "lit, seed 1"}
+    assert "**+2.1 [" in (tmp_path / "mini.md").read_text()
+
+
+def test_an_unknown_approach_is_refused(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_results", "--approaches", "flim"])
+    with pytest.raises(ValueError, match="film"):
+        script.main()

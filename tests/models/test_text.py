@@ -1,0 +1,99 @@
+"""The frozen text encoder: what a caption's condition is, whatever stands beside it in the batch."""
+
+import pytest
+import torch
+import transformers
+
+from wlsup.errors import WlsupError
+from wlsup.models.text import MINI_TEXT, TextEncoder, TextSpec
+from wlsup.models.weights import tensors_sha256
+
+CAPTIONS = ["a red star", "two small blue circles left of a large green square on sand", "rain"]
+
+
+@pytest.fixture(scope="module")
+def text():
+    return TextEncoder(TextSpec()).eval()
+
+
+@pytest.fixture
+def clip_folder(tmp_path):
+    """A small CLIP text model with the mini tokenizer, as transformers saves it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINI_TEXT)
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, eos_token_id=tokenizer.eos_token_id or tokenizer.sep_token_id,
+    )  # fmt: skip
+    transformers.CLIPTextModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_shapes_and_all_present(text):
+    condition = text(CAPTIONS)
+    count, length, width = condition.tokens.shape
+    assert (count, width) == (3, text.width)
+    assert condition.mask.shape == (3, length)
+    assert condition.pooled.shape == (3, text.width)
+    assert condition.mask[1].all()
+    assert not condition.mask[0].all()
+    assert condition.present.tolist() == [True] * 3
+
+
+def test_a_caption_means_the_same_beside_longer_ones(text):
+    alone, together = text(CAPTIONS[:1]), text(CAPTIONS)
+    assert torch.allclose(alone.pooled[0], together.pooled[0], atol=1e-5)
+    real = int(alone.mask.sum())
+    assert torch.allclose(alone.tokens[0], together.tokens[0, :real], atol=1e-5)
+
+
+def test_mean_pooling_leaves_padding_out(text):
+    condition = text(CAPTIONS)
+    for tokens, mask, pooled in zip(condition.tokens, condition.mask, condition.pooled, strict=True):
+        assert torch.allclose(tokens[mask].mean(0), pooled, atol=1e-5)
+
+
+def test_cls_pooling_takes_the_first_token():
+    condition = TextEncoder(TextSpec(pooling="cls"))(CAPTIONS)
+    assert torch.equal(condition.pooled, condition.tokens[:, 0])
+
+
+def test_a_model_trained_to_give_a_pooled_output_gives_its_own(clip_folder):
+    text = TextEncoder(TextSpec(weights=str(clip_folder)))
+    batch = text.tokenizer(CAPTIONS[:1], return_tensors="pt")
+    with torch.no_grad():
+        expected = text.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+    assert torch.equal(text(CAPTIONS[:1]).pooled, expected)
+    assert not torch.equal(
+        TextEncoder(TextSpec(weights=str(clip_folder), pooling="mean"))(CAPTIONS[:1]).pooled, expected
+    )
+
+
+def test_captions_are_cut_to_the_shorter_of_the_two_limits(text, clip_folder):
+    long = [" ".join(["red star"] * 200)]
+    assert TextEncoder(TextSpec(max_length=7))(long).mask.shape[1] == 7
+    assert TextEncoder(TextSpec(weights=str(clip_folder)))(long).mask.shape[1] == 16
+
+
+def test_it_is_only_read(text):
+    condition = text(CAPTIONS)
+    assert not condition.tokens.requires_grad
+    assert not condition.pooled.requires_grad
+
+
+def test_the_base_names_the_weights(text):
+    assert TextEncoder(TextSpec()).base == text.base
+    assert text.base["id"] == "mini"
+    assert text.base["sha256"] == tensors_sha256(text.model.state_dict())
+
+
+def test_other_weights_are_another_base(text, clip_folder):
+    assert TextEncoder(TextSpec(weights=str(clip_folder))).base["sha256"] != text.base["sha256"]
+
+
+@pytest.mark.parametrize("weights", ["/nowhere/at/all", "nobody/has-this-model"])
+def test_a_lacking_model_ends_in_one_message(weights, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(WlsupError, match="No text encoder"):
+        TextEncoder(TextSpec(weights=weights))

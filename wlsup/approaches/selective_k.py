@@ -1,0 +1,250 @@
+"""Selective k-fine-tuning: only the k groups of the encoder's weights that matter most train."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.nn import Parameter
+
+from wlsup.approaches.base import Approach
+from wlsup.batch import CaptionBatch
+from wlsup.errors import WlsupError, choose
+from wlsup.models.mae import DecoderSpec
+from wlsup.models.text import TextSpec
+from wlsup.models.vision import VisionEncoder, VisionSpec
+from wlsup.objectives.regularizers import RegularizerSpec
+from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
+from wlsup.optim import OptimizerSpec
+from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.selection.criteria import (
+    CRITERIA,
+    GRADIENT_CRITERIA,
+    alpha_scores,
+    choose_groups,
+    gradient_scores,
+    place_scores,
+)
+from wlsup.selection.groups import Granularity, parameter_groups
+
+__all__ = ["SelectiveK"]
+
+_log = logging.getLogger("wlsup")
+
+_ENCODER = "mae.encoder.backbone."
+
+
+class SelectiveK(Approach):
+    """Of the encoder's ordered groups of weights, the k with the highest score train; the others stay frozen.
+
+    "Selective k-fine-tuning" is a name from the talk without a published definition; this one is ours. Nearest to it is
+    surgical fine-tuning (Lee et al. 2023). ``k = 0`` leaves the encoder frozen, ``k`` = all is `full`. Scores by
+    gradients are computed once, from the first batches of training under this approach's own loss, averaged over the
+    processes, so that each chooses the same; what was chosen is in the plan and in the checkpoint. The objective is
+    `full`'s: contrastive, and masked reconstruction where it has a weight.
+
+    Args:
+        encoder: the pretrained vision encoder.
+        decoder: MAE's decoder, where the encoder's weights bring none; trains, as in `full`, if reconstruction has a
+            weight.
+        text: the frozen text encoder.
+        objective: losses, their weights, mask ratio.
+        optimizer: optimizer and schedule.
+        regularizer: what holds the encoder near the pretrained one.
+        lr: of the heads, after warm-up.
+        weight_decay: of matrices.
+        encoder_lr: of the chosen groups (and the decoder).
+        k: how many groups train; None: as many as ``groups`` names.
+        criterion: "last" or "first" in order; "random"; "rgn", relative gradient norm; "fisher", mean squared gradient;
+            "alpha", the exponent of the weights' spectra, largest first; "explicit", those named in ``groups``.
+        granularity: "block" (patch embedding, each block, final norm), "sublayer" or "tensor".
+        groups: names of groups, for "explicit".
+        batches: how many of the first batches gradients are scored on.
+        selection_seed: of the random choice, and of masks while scoring.
+
+    Raises:
+        WlsupError: an unknown criterion or group, or k out of range.
+    """
+
+    name = "selective_k"
+    summary = "fine-tuning of only the k groups of the encoder that a criterion picks (our definition)"
+
+    def __init__(
+        self,
+        encoder: VisionSpec = VisionSpec(),
+        decoder: DecoderSpec = DecoderSpec(),
+        text: TextSpec = TextSpec(),
+        objective: ObjectiveSpec = ObjectiveSpec(reconstruction_weight=0.0),
+        optimizer: OptimizerSpec = OptimizerSpec(),
+        regularizer: RegularizerSpec = RegularizerSpec(),
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        encoder_lr: float = 1e-4,
+        k: int | None = 3,
+        criterion: Literal["last", "first", "random", "rgn", "fisher", "alpha", "explicit"] = "last",
+        granularity: Granularity = "block",
+        groups: Sequence[str] = (),
+        batches: int = 5,
+        selection_seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, regularizer)
+        self.objective, self.lr, self.weight_decay, self.encoder_lr = objective, lr, weight_decay, encoder_lr
+        self.criterion = choose("criterion", criterion, CRITERIA)
+        if batches < 1:
+            raise WlsupError(f"batches must be at least 1, not {batches}.")
+        self.batches, self.selection_seed = batches, selection_seed
+        self.mae, self.text, self.head = build_towers(encoder, decoder, text, objective)
+        self.groups = parameter_groups(self.encoder.backbone, granularity)
+        self.k = self._checked_k(k, groups)
+        self.scores: dict[str, float] = {}
+        self.chosen: tuple[str, ...] | None = None
+        if criterion == "explicit":
+            self.chosen = tuple(group.name for group in self.groups if group.name in groups)
+        elif criterion not in GRADIENT_CRITERIA:
+            self.select(())
+
+    @property
+    def encoder(self) -> VisionEncoder:
+        """The vision encoder."""
+        return self.mae.encoder
+
+    @property
+    def plan(self) -> TrainPlan:
+        """The chosen groups and the heads train.
+
+        Raises:
+            WlsupError: the groups are chosen by gradients, and no batch has been seen yet.
+        """
+        if self.chosen is None:
+            raise WlsupError(
+                f"criterion {self.criterion!r} chooses the groups from the first batches of training: before that "
+                "there is no plan. `wlsup fit` writes plan.json; to look at one now, set model.criterion to last."
+            )
+        chosen = [group for group in self.groups if group.name in self.chosen]
+        patterns = [_ENCODER + pattern for group in chosen for pattern in group.patterns]
+        used = bool(self.objective.reconstruction_weight)
+        decoder = [Train("mae.decoder.*", self.encoder_lr, self.weight_decay)] if used else []
+        every = len(chosen) == len(self.groups)
+        return TrainPlan(
+            [
+                Train("head.*", self.lr, self.weight_decay),
+                Freeze("mae.*pos_embed"),
+                *(Train(pattern, self.encoder_lr, self.weight_decay) for pattern in patterns),
+                *decoder,
+                Freeze("mae.*", optional=every and used),
+                Freeze("text.*"),
+            ]
+        )
+
+    @property
+    def bases(self) -> dict[str, dict[str, str]]:
+        """The pretrained vision and text encoders."""
+        return {**super().bases, "text": self.text.base}
+
+    def losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
+        """Contrast, and masked reconstruction where it has a weight."""
+        captions = self.text(batch.captions)
+        return two_branch_losses(self.mae, self.head, batch.images, captions, self.objective, keys=batch.keys)
+
+    def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
+        """(B, E) pictures and (B, E) captions."""
+        image = image_embedding(self.mae, self.head, batch.images, self.objective)
+        return image, self.head.embed_captions(self.text(batch.captions).pooled)
+
+    def select(self, batches: Iterable[CaptionBatch]) -> tuple[str, ...]:
+        """Score the groups, choose k of them and return their names, in the encoder's order.
+
+        Args:
+            batches: what gradients are scored on; other criteria look at none.
+        """
+        parameters = dict(self.encoder.backbone.named_parameters())
+        if self.criterion in GRADIENT_CRITERIA:
+            losses = self._losses_to_score(batches, list(parameters.values()))
+            self.scores = _mean_over_ranks(gradient_scores(self.groups, parameters, losses, self.criterion))
+        elif self.criterion == "alpha":
+            self.scores = alpha_scores(self.groups, parameters)
+        else:
+            self.scores = place_scores(self.groups, self.criterion, self.selection_seed)
+        self.chosen = tuple(group.name for group in choose_groups(self.groups, self.scores, self.k))
+        return self.chosen
+
+    def setup(self, stage: str) -> None:
+        """Choose the groups where the choice needs batches, then follow the plan."""
+        if self.chosen is None:
+            if self._trainer is None:
+                raise WlsupError(f"criterion {self.criterion!r} needs batches: call select(batches) before setup().")
+            self.to(self._trainer.strategy.root_device)
+            self.select(islice(self._trainer.datamodule.train_dataloader(), self.batches))
+            _log.info("selective_k: %s chose %s", self.criterion, ", ".join(self.chosen) or "no group")
+        super().setup(stage)
+
+    def measure(self, datamodule: Any) -> dict[str, Any]:
+        """Return the scores by which the groups were chosen."""
+        rows = [
+            {"what": f"{name}{' (trained)' if name in self.chosen else ''}", "value": value, "unit": "", "chance": None}
+            for name, value in self.scores.items()
+        ]
+        if len(rows) > 40 or not rows:  # tensors: the plan names them
+            return {}
+        return {"title": f"selective_k: score by {self.criterion}, k = {self.k}", "rows": rows, "note": ""}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what was chosen, and by which scores."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["wlsup"]["selection"] = {"chosen": list(self.chosen), "scores": self.scores}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the choice over, whatever the first batches say now."""
+        selection = checkpoint.get("wlsup", {}).get("selection")
+        if selection is not None and self.criterion != "explicit":
+            known = {group.name for group in self.groups}
+            if not known.issuperset(selection["chosen"]) or len(selection["chosen"]) != self.k:
+                raise WlsupError(
+                    f"This checkpoint trained the groups {', '.join(selection['chosen'])}; the run has k = {self.k} of "
+                    f"{', '.join(group.name for group in self.groups)}. Use the run's own config.yaml."
+                )
+            self.chosen, self.scores = tuple(selection["chosen"]), dict(selection["scores"])
+            self.plan.apply(self)
+        super().on_load_checkpoint(checkpoint)
+
+    def _checked_k(self, k: int | None, named: Sequence[str]) -> int:
+        if self.criterion != "explicit":
+            if named or k is None or not 0 <= k <= len(self.groups):
+                raise WlsupError(
+                    f"criterion {self.criterion!r} takes k, between 0 and {len(self.groups)}, and no groups; given "
+                    f"were k = {k} and {list(named)}. To name groups set criterion to explicit."
+                )
+            return k
+        names = [group.name for group in self.groups]
+        for name in named:
+            choose("group", name, names)
+        return len(set(named))
+
+    def _losses_to_score(self, batches: Iterable[CaptionBatch], parameters: list[Parameter]) -> Iterator[Tensor]:
+        """Yield the loss of each batch, every parameter of the encoder trainable meanwhile."""
+        before = [parameter.requires_grad for parameter in parameters]
+        self.eval()
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            for position, batch in enumerate(batches):
+                with torch.random.fork_rng():
+                    torch.manual_seed(self.selection_seed + position)
+                    yield self.losses(batch.to(self.device))["loss"]
+        finally:
+            for parameter, required in zip(parameters, before, strict=True):
+                parameter.requires_grad_(required)
+
+
+def _mean_over_ranks(scores: dict[str, float]) -> dict[str, float]:
+    """Return the same on every rank: the mean over them."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return scores
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, scores)
+    return {name: sum(one[name] for one in every) / len(every) for name in scores}

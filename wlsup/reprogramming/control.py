@@ -1,0 +1,46 @@
+"""Training of a program outside of a run, to compare with: the same steps, schedule and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
+from wlsup.plan import TrainPlan
+
+__all__ = ["train_alike"]
+
+
+def train_alike(
+    parts: nn.Module,
+    plan: TrainPlan,
+    optimizer: OptimizerSpec,
+    trainer: Any,
+    loss: Callable[[int], Tensor],
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train ``parts`` as a finished run trained its own.
+
+    Args:
+        parts: what trains, and nothing else.
+        plan: over its parameters.
+        optimizer: the run's.
+        trainer: of the run: how many steps it took of how many, and how it clipped gradients.
+        loss: step -> the loss of a batch; torch's random state is seeded by the step before.
+        after: called with each step taken.
+    """
+    parts.requires_grad_(True)
+    made = build_optimizer(optimizer, plan.parameter_groups(parts))
+    schedule = build_schedule(optimizer, made, int(trainer.estimated_stepping_batches))
+    for step in range(trainer.global_step):
+        torch.manual_seed(step)
+        made.zero_grad()
+        loss(step).backward()
+        if trainer.gradient_clip_val:
+            nn.utils.clip_grad_norm_(parts.parameters(), trainer.gradient_clip_val)
+        made.step()
+        schedule.step()
+        after(step)
