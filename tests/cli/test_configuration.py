@@ -67,3 +67,14 @@ def test_hyperparameters_are_what_was_chosen_and_no_paths_of_the_run():
 def test_a_folder_that_cannot_be_made_ends_in_one_message(folder, capsys):
     assert main([*SMALL, "--runs", folder]) == 2
     assert "Cannot make the run's folder" in capsys.readouterr().err
+
+
+def test_a_run_refused_for_its_captions_leaves_no_folder(tmp_path, capsys):
+    captions = tmp_path / "captions.csv"
+    captions.write_text("picture,text\na.jpg,a red star\n")
+    (tmp_path / "a.jpg").write_bytes(b"")
+    options = ["--data.source", "table", "--data.captions", str(captions), "--data.images", str(tmp_path)]
+    assert main([*SMALL, *options, "--runs", str(tmp_path / "runs")]) == 2
+    assert "column" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert list((tmp_path / "runs" / "film" / "mini" / "seed0").iterdir()) == []

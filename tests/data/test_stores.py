@@ -153,3 +153,19 @@ def test_several_stores_are_joined_under_distinct_names(tmp_path):
     assert not joined.exists("2.tar/0.jpg") and joined.exists("1.tar/0.jpg")
     with pytest.raises(WlsupError, match="same name"):
         JoinedStore([stores[0], stores[0]])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_larger_than_any_picture_is_refused_and_named(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr("wlsup.data.stores.MAX_BYTES", 1000)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "small.jpg").write_bytes(bytes(1000))
+    (folder / "large.jpg").write_bytes(bytes(1001))
+    if packed:
+        with tarfile.open(tmp_path / "some.tar", "w") as tar:
+            tar.add(folder, arcname=".")
+    store = open_store(tmp_path / "some.tar" if packed else folder)
+    assert len(store.read("small.jpg")) == 1000
+    with pytest.raises(UnreadableImage, match="more than 1,000"):
+        store.read("large.jpg")

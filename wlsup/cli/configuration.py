@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from argparse import ArgumentError
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -276,5 +276,19 @@ def train(cli: WlsupCLI) -> None:
     try:
         with log:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.resume, **safely)
+    except WlsupError:
+        if cli.trainer.is_global_zero:
+            _forget_unbegun(cli.run_dir)
+        raise
     finally:
         os.environ.pop(_RUN_DIR) if before is None else os.environ.update({_RUN_DIR: before})
+
+
+def _forget_unbegun(folder: Path) -> None:
+    """Take away the folder of a run that was refused before it wrote its configuration."""
+    if (folder / "config.yaml").is_file():
+        return
+    for file in (folder / "run.log", *folder.glob("events.out.tfevents.*")):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # something else lies in it: then it stays
+        folder.rmdir()
