@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from wlsup.files import write_json
+
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run_results.py"
 
 
@@ -61,8 +63,8 @@ def test_only_what_is_missing_is_run_and_the_table_grows(script, tmp_path, monke
             return "exit code 2: broken"
         told = results(approach, seed, 0.02 + seed / 1000)
         cost = {"peak_memory_mib": told.pop("peak_memory_mib"), "seconds": told["seconds"]}
-        (folder / "results.json").write_text(json.dumps(told))
-        (folder / "cost.json").write_text(json.dumps(cost))
+        write_json(folder / "results.json", told)  # whole or not at all, as a run writes it: another thread may look
+        write_json(folder / "cost.json", cost)
         return None
 
     monkeypatch.setattr(script, "run", pretend)
