@@ -26,7 +26,7 @@ from wlsup.evaluation.task_table import print_task_table, task_markdown
 from wlsup.files import write_json, write_text
 from wlsup.plan import plan_markdown
 
-__all__ = ["RunFolder", "environment", "peak_memory"]
+__all__ = ["RunFolder", "environment", "peak_memory", "processor_seconds"]
 
 logger = logging.getLogger("wlsup")
 
@@ -70,6 +70,14 @@ def peak_memory() -> dict[str, float | None]:
     return {"resident": round(resident, 1), "gpu": None if gpu is None else round(gpu, 1)}
 
 
+def processor_seconds() -> float:
+    """Return the seconds that this process and those it has waited for have computed, added up over cores.
+
+    Beside the wall clock's seconds it says what a run costs, whatever else the machine was doing.
+    """
+    return sum(os.times()[:4])
+
+
 class RunFolder(Callback):
     """Write config, environment, plan and manifest when a run starts, results.json and the table when it ends.
 
@@ -85,9 +93,11 @@ class RunFolder(Callback):
         self.hyperparameters = hyperparameters
         self.samples_seen = 0
         self.seconds = 0.0
+        self.processor_seconds = 0.0
         self.task: dict[str, Any] = {}
         self.memory: dict[str, float | None] = {}
         self._started = 0.0
+        self._processor_started = 0.0
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Write what was asked, what trains, on which pictures, and on what machine; say what trains."""
@@ -102,7 +112,7 @@ class RunFolder(Callback):
 
         Not in `setup`, which callbacks run before the model: some plans are decided there, from the first batches.
         """
-        self._started = time.perf_counter()
+        self._started, self._processor_started = time.perf_counter(), processor_seconds()
         if not trainer.is_global_zero:
             return
         plan = pl_module.plan.describe(pl_module)
@@ -130,12 +140,14 @@ class RunFolder(Callback):
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write results.json and show the table."""
         self.seconds += time.perf_counter() - self._started
+        self.processor_seconds += processor_seconds() - self._processor_started
         if not trainer.is_global_zero:
             return
         results = self.results(trainer, pl_module)
         write_json(self.folder / "results.json", results)
         # apart, so that the same seed gives the same results.json but for the time
-        write_json(self.folder / "cost.json", {"seconds": results["seconds"], "peak_memory_mib": self.memory})
+        cost = {"seconds": results["seconds"], "processor_seconds": round(self.processor_seconds, 1)}
+        write_json(self.folder / "cost.json", cost | {"peak_memory_mib": self.memory})
         if results["knn"]:
             for board in _boards(trainer):
                 board.experiment.add_text("k-NN", knn_markdown(results), trainer.global_step)
@@ -175,12 +187,17 @@ class RunFolder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on counting."""
-        elapsed = time.perf_counter() - self._started if self._started else 0.0
-        return {"samples_seen": self.samples_seen, "seconds": self.seconds + elapsed}
+        begun = bool(self._started)
+        return {
+            "samples_seen": self.samples_seen,
+            "seconds": self.seconds + (time.perf_counter() - self._started) * begun,
+            "processor_seconds": self.processor_seconds + (processor_seconds() - self._processor_started) * begun,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
+        self.processor_seconds = state_dict["processor_seconds"]
 
 
 def _find(trainer: lightning.Trainer, kind: type) -> Any:
