@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -120,6 +122,25 @@ def test_hooks_fire_and_see_the_condition_also_when_blocks_are_recomputed() -> N
     encoder(pictures(), given).pooled.sum().backward()
     assert len(seen) > 4 and all(value is given for value in seen)  # the recomputation stops early
     assert encoder.condition_slot.value is None
+
+
+def _noted(sizes: list[int], tensor: torch.Tensor) -> torch.Tensor:
+    sizes.append(tensor.numel())
+    return tensor
+
+
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients() -> None:
+    kept, gradients = [], []
+    for on in (False, True):
+        encoder, sizes = build_vision(VisionSpec(gradient_checkpointing=on)), []
+        keep = partial(_noted, sizes)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = encoder(pictures()).pooled.square().sum()
+        output.backward()
+        kept.append(sum(sizes))
+        gradients.append([parameter.grad for parameter in encoder.parameters() if parameter.grad is not None])
+    assert kept[1] < kept[0] / 3
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*gradients, strict=True))
 
 
 def test_condition_slot_is_empty_after_a_failed_forward() -> None:

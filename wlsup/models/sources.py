@@ -51,6 +51,8 @@ class VisionSpec:
             resampled to it when loaded.
         pooling: "auto" follows the model's own convention; "cls" the class token; "mean" the mean of the patch tokens.
         pretrained: False keeps the architecture and draws random weights.
+        gradient_checkpointing: keep a trained block's input only and compute the rest again in the backward pass
+            (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): less memory for more time.
     """
 
     weights: str = "mini"
@@ -58,6 +60,7 @@ class VisionSpec:
     image_size: int | None = None
     pooling: Literal["auto", "cls", "mean"] = "auto"
     pretrained: bool = True
+    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -125,6 +128,7 @@ def open_source(spec: VisionSpec) -> Source:
         backbone = create_backbone(found.architecture, spec.image_size)
         if spec.pretrained and found.tensors is not None:
             load_tensors(backbone, found.tensors, found.name, str(found.architecture))
+    backbone.set_grad_checkpointing(spec.gradient_checkpointing)
     size = backbone.patch_embed.img_size[0]
     architecture = found.architecture
     if spec.image_size is not None:
