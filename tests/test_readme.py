@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+
+from wlsup.approaches import APPROACHES
 from wlsup.cli import COMMANDS
 from wlsup.cli.approaches import approaches_markdown
 
@@ -31,6 +34,14 @@ def test_every_file_it_names_exists():
         assert (ROOT / name).exists(), name
     for name in re.findall(r"\]\(((?!http)[\w/.]+)\)", README):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name", APPROACHES)
+def test_each_approach_has_a_page_that_says_what_when_at_what_cost_and_whence(name):
+    page = (ROOT / "docs" / "approaches" / f"{name}.md").read_text(encoding="utf-8")
+    headings = [line for line in page.splitlines() if line.startswith("#")]
+    expected = [f"# {name}", "## What it is", "## When to use it", "## What it costs", "## Source"]
+    assert [heading.split(":")[0] for heading in headings if heading.split(":")[0] in expected] == expected
 
 
 def test_no_table_is_left_empty():
