@@ -83,9 +83,31 @@ def summarise(approach: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "processor_seconds": statistics.fmean(result["processor_seconds"] for result in results),
         "peak_resident_mib": max((one.get("resident") or 0 for one in memory), default=0),
         "peak_gpu_mib": max((one.get("gpu") or 0 for one in memory), default=0) or None,
-        "tasks": [result["task"] for result in results if result.get("task")],
+        "retrieval": _retrieval(results),
+        "task": _task(results),
     }
     return row
+
+
+def _retrieval(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return how often a picture's own caption is the nearest of the held-out ones, None without a shared space."""
+    found = [result.get("retrieval") for result in results]
+    if not all(found):
+        return None
+    values = [one["image_to_text"]["1"] for one in found]
+    return {"pairs": found[0]["pairs"], "chance": found[0]["chance"]["1"], "image_to_text": interval(values)}
+
+
+def _task(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return what the approach measured of itself, each figure over the seeds that have it."""
+    tasks = [result["task"] for result in results if result.get("task")]
+    if not tasks:
+        return None
+    rows = []
+    for row in tasks[0]["rows"]:
+        values = [one["value"] for task in tasks for one in task["rows"] if one["what"] == row["what"]]
+        rows.append({"what": row["what"], "unit": row["unit"], "chance": row["chance"], "value": interval(values)})
+    return {"title": tasks[0]["title"], "rows": rows}
 
 
 def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) -> str:
@@ -115,11 +137,40 @@ def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) 
         cells = [f"{100 * rows[0]['knn'][name]['pretrained']:.1f}" for name in sets]
         lines.append("| pretrained | " + " | ".join(cells) + " |")
         for row in rows:
-            cells = [_accuracy(row["knn"][name]) if name in row["knn"] else "" for name in sets]
+            cells = [_accuracy(row["knn"][name]["finetuned"]) if name in row["knn"] else "" for name in sets]
             lines.append(f"| `{row['approach']}` | " + " | ".join(cells) + " |")
+    lines += _tasks_markdown(rows)
     for name, reason in failures.items():
         lines += ["", f"`{name}` failed: {reason}"]
     return "\n".join(lines) + "\n"
+
+
+def _tasks_markdown(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what approaches measured beside k-NN, in lines."""
+    lines = []
+    if found := [row for row in rows if row["retrieval"]]:
+        pairs, chance = found[0]["retrieval"]["pairs"], found[0]["retrieval"]["chance"]
+        lines += ["", f"Image-to-text R@1 over {pairs} held-out pairs, in % (chance {100 * chance:.1f}):", ""]
+        lines += ["| approach | R@1 |", "|---|---:|"]
+        lines += [f"| `{row['approach']}` | {_accuracy(row['retrieval']['image_to_text'])} |" for row in found]
+    for row in rows:
+        if row["task"]:
+            lines += ["", f"{row['task']['title']} (`{row['approach']}`):", "", "| measured | value | chance |"]
+            lines += ["|---|---:|---:|"]
+            lines += [f"| {one['what']} | {_figure(one)} | {_chance(one)} |" for one in row["task"]["rows"]]
+    return lines
+
+
+def _figure(entry: dict[str, Any]) -> str:
+    percent, value = entry["unit"] == "%", entry["value"]
+    spread = "" if value["ci95"] is None else (value["ci95"][1] - value["ci95"][0]) / 2
+    text = f"{value['mean']:.1f}" if percent else f"{value['mean']:.3f}"
+    spread = spread and (f" ± {spread:.1f}" if percent else f" ± {spread:.3f}")
+    return f"{text}{spread} {entry['unit']}".rstrip()
+
+
+def _chance(entry: dict[str, Any]) -> str:
+    return "-" if entry["chance"] is None else f"{entry['chance']:.1f} {entry['unit']}"
 
 
 def _points(delta: dict[str, Any] | None) -> str:
@@ -133,10 +184,10 @@ def _points(delta: dict[str, Any] | None) -> str:
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def _accuracy(entry: dict[str, Any]) -> str:
-    ci = entry["finetuned"]["ci95"]
+def _accuracy(share: dict[str, Any]) -> str:
+    ci = share["ci95"]
     spread = "" if ci is None else f" ± {100 * (ci[1] - ci[0]) / 2:.1f}"
-    return f"{100 * entry['finetuned']['mean']:.1f}{spread}"
+    return f"{100 * share['mean']:.1f}{spread}"
 
 
 def collect(out: Path, preset: str, approaches: list[str], seeds: list[int], failures: dict[str, str]) -> list[dict]:

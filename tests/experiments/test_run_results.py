@@ -33,7 +33,8 @@ def results(approach, seed, delta):
         "peak_memory_mib": {"resident": 500.0 + seed, "gpu": None},
         "knn": {"near": {"domain": "in", **entry}, "far": {"domain": "out", **entry}},
         "summary": {"in_domain_delta": delta, "out_of_domain_delta": delta},
-        "task": {},
+        "retrieval": {"pairs": 64, "image_to_text": {"1": 0.1 + delta}, "chance": {"1": 1 / 64}},
+        "task": {"title": "T", "rows": [{"what": "loss", "value": 1.5 + delta, "unit": "nats", "chance": None}]},
     }
 
 
@@ -52,6 +53,9 @@ def test_the_row_holds_what_the_table_shows(script):
     text = script.markdown([row], {"lora, seed 0": "exit code 2: no"}, "mini")
     assert "| `film` | 2 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | 10 | 501 |" in text
     assert "| pretrained | 50.0 | 50.0 |" in text
+    assert "R@1 over 64 held-out pairs, in % (chance 1.6):" in text
+    assert "| `film` | 12.0 ± 12.7 |" in text
+    assert "| loss | 1.520 ± 0.127 nats | - |" in text
     assert "`lora, seed 0` failed: exit code 2: no" in text
 
 
@@ -65,8 +69,8 @@ def test_only_what_is_missing_is_run_and_the_table_grows(script, tmp_path, monke
             return "exit code 2: broken"
         told = results(approach, seed, 0.02 + seed / 1000)
         cost = {name: told.pop(name) for name in ("peak_memory_mib", "processor_seconds")}
-        write_json(folder / "results.json", told)  # whole or not at all, as a run writes it: another thread may look
         write_json(folder / "cost.json", cost)
+        write_json(folder / "results.json", told)  # last, and whole or not at all: another thread may look
         return None
 
     monkeypatch.setattr(script, "run", pretend)

@@ -18,8 +18,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from wlsup.callbacks.captions import Captions
 from wlsup.callbacks.knn import KNN, domain_means
 from wlsup.callbacks.retrieval import Retrieval
+from wlsup.evaluation.caption_table import caption_markdown, print_caption_table
 from wlsup.evaluation.knn import PROTOCOL
 from wlsup.evaluation.table import knn_markdown, print_knn_table
 from wlsup.evaluation.task_table import print_task_table, task_markdown
@@ -144,10 +146,11 @@ class RunFolder(Callback):
         if not trainer.is_global_zero:
             return
         results = self.results(trainer, pl_module)
-        write_json(self.folder / "results.json", results)
-        # apart, so that the same seed gives the same results.json but for the time
+        # Apart, so that the same seed gives the same results.json but for the time; and before it, since a run that has
+        # its results.json is done.
         cost = {"seconds": results["seconds"], "processor_seconds": round(self.processor_seconds, 1)}
         write_json(self.folder / "cost.json", cost | {"peak_memory_mib": self.memory})
+        write_json(self.folder / "results.json", results)
         if results["knn"]:
             for board in _boards(trainer):
                 board.experiment.add_text("k-NN", knn_markdown(results), trainer.global_step)
@@ -156,6 +159,12 @@ class RunFolder(Callback):
             for board in _boards(trainer):
                 board.experiment.add_text("task", task_markdown(self.task), trainer.global_step)
             print_task_table(self.task)
+        if captioning := results["captioning"]:
+            for board in _boards(trainer):
+                board.experiment.add_text(
+                    "captioning", caption_markdown(captioning, pl_module.name), trainer.global_step
+                )
+            print_caption_table(captioning, pl_module.name)
         skipped = results["captions"]["skipped"]
         if skipped:
             logger.warning("%d pictures could not be read and were replaced; results.json names them", len(skipped))
@@ -164,6 +173,7 @@ class RunFolder(Callback):
     def results(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         """Return what results.json holds."""
         data, knn, retrieval = trainer.datamodule, _find(trainer, KNN), _find(trainer, Retrieval)
+        captions = _find(trainer, Captions)
         plan = pl_module.plan.describe(pl_module)
         entries = knn.results if knn else {}
         return {
@@ -180,6 +190,7 @@ class RunFolder(Callback):
             },
             "knn": entries,
             "task": self.task,
+            "captioning": captions.results if captions else {},
             "retrieval": retrieval.results if retrieval else {},
             "summary": domain_means(entries),
             "protocol": PROTOCOL,
