@@ -82,6 +82,14 @@ def test_inspect_shows_the_plan(capsys):
     assert "adapter.*" in capsys.readouterr().out
 
 
+def test_inspect_looks_at_batches_where_they_decide_what_trains(capsys):
+    arguments = ["--model.criterion", "rgn", "--model.k", "2", "--data.pairs", "64", "--data.batch_size", "16"]
+    assert main(["inspect", "selective_k", *arguments, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert 0 < shown["trained"] < shown["total"] / 2
+    assert any(row["trains"] and row["pattern"].startswith("mae.encoder") for row in shown["rules"])
+
+
 def test_overlays_override_and_options_override_overlays(tmp_path):
     from wlsup.approaches import approach_class
 

@@ -123,7 +123,7 @@ class SelectiveK(Approach):
         if self.chosen is None:
             raise WlsupError(
                 f"criterion {self.criterion!r} chooses the groups from the first batches of training: before that "
-                "there is no plan. `wlsup fit` writes plan.json; to look at one now, set model.criterion to last."
+                "there is no plan. Call select(batches), as `wlsup fit` and `wlsup inspect` do."
             )
         chosen = [group for group in self.groups if group.name in self.chosen]
         patterns = [_ENCODER + pattern for group in chosen for pattern in group.patterns]
@@ -173,13 +173,19 @@ class SelectiveK(Approach):
         self.chosen = tuple(group.name for group in choose_groups(self.groups, self.scores, self.k))
         return self.chosen
 
+    def select_from(self, datamodule: Any) -> tuple[str, ...]:
+        """As `select`, on the first batches of a data module; on none where the choice is made already."""
+        if self.chosen is None:
+            self.select(islice(datamodule.train_dataloader(), self.batches))
+        return self.chosen
+
     def setup(self, stage: str) -> None:
         """Choose the groups where the choice needs batches, then follow the plan."""
         if self.chosen is None:
             if self._trainer is None:
                 raise WlsupError(f"criterion {self.criterion!r} needs batches: call select(batches) before setup().")
             self.to(self._trainer.strategy.root_device)
-            self.select(islice(self._trainer.datamodule.train_dataloader(), self.batches))
+            self.select_from(self._trainer.datamodule)
             _log.info("selective_k: %s chose %s", self.criterion, ", ".join(self.chosen) or "no group")
         super().setup(stage)
 

@@ -20,9 +20,16 @@ def run(arguments: list[str]) -> int:
         raise WlsupError(f"Name an approach: wlsup inspect APPROACH. Valid: {', '.join(APPROACHES)}.")
     name = choose("approach", rest[0], APPROACHES, hint="`wlsup approaches` says what each one is.")
     log_to_terminal(quiet=True)
-    from wlsup.cli.configuration import build_model
+    from wlsup.cli.configuration import configure
+    from wlsup.data.datamodule import CaptionDataModule
 
-    model = build_model(approach_class(name), ["--approach", name, *rest[1:]], "inspect")
+    arguments = ["--approach", name, *rest[1:]]
+    cli = configure(approach_class(name), CaptionDataModule, arguments, "inspect", build=False)
+    model, data = cli.model, cli.datamodule
+    if hasattr(model, "select_from"):  # what trains is chosen by the first batches
+        data.image_spec = model.image_spec
+        data.setup("fit")
+        model.select_from(data)
     plan = model.plan.describe(model)
     if as_json:
         print(json.dumps({"approach": name, "bases": model.bases, **plan}, indent=2))
