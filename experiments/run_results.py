@@ -118,17 +118,17 @@ def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) 
         "Change of k-NN accuracy against the pretrained encoder, in points: mean over seeds, and its 95 % interval",
         "over seeds (Student's t). In domain and out of domain are means over their sets. Bold: the interval excludes",
         "0. A dash: the encoder is not trained, so its k-NN accuracy cannot change. Core s: seconds of computing,",
-        "added up over cores; seconds: of the wall clock, beside whatever else the machine did.",
+        "added up over cores, whatever else the machine was doing.",
         "",
-        "| approach | seeds | in domain | out of domain | trained | core s | seconds | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| approach | seeds | in domain | out of domain | trained | core s | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         share = 100 * row["parameters"]["trained"] / row["parameters"]["total"]
         lines.append(
             f"| `{row['approach']}` | {len(row['seeds'])} | {_points(row['in_domain_delta'])} "
             f"| {_points(row['out_of_domain_delta'])} | {row['parameters']['trained']:,} ({share:.1f} %) "
-            f"| {row['processor_seconds']:.0f} | {row['seconds']:.0f} | {row['peak_resident_mib']:,.0f} |"
+            f"| {row['processor_seconds']:.0f} | {row['peak_resident_mib']:,.0f} |"
         )
     if rows:
         sets = list(rows[0]["knn"])

@@ -51,7 +51,7 @@ def test_the_row_holds_what_the_table_shows(script):
     assert (row["seconds"], row["processor_seconds"]) == (10.5, 20.5)
     assert (row["peak_resident_mib"], row["peak_gpu_mib"]) == (501.0, None)
     text = script.markdown([row], {"lora, seed 0": "exit code 2: no"}, "mini")
-    assert "| `film` | 2 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | 10 | 501 |" in text
+    assert "| `film` | 2 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | 501 |" in text
     assert "| pretrained | 50.0 | 50.0 |" in text
     assert "R@1 over 64 held-out pairs, in % (chance 1.6):" in text
     assert "| `film` | 12.0 ± 12.7 |" in text
