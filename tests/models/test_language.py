@@ -3,66 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Qwen2Config,
-)
 
 from wlsup.errors import WlsupError
 from wlsup.models.caption_tokens import MINI_LANGUAGE
 from wlsup.models.language import FAMILIES, GenerationSpec, LanguageModel, LanguageSpec
 
-_IDS = {"vocab_size": 960, "bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 0}
-_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, **_IDS}
-_HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64, **_IDS}
-_LLAMA = {**_HIDDEN, "intermediate_size": 64, "num_key_value_heads": 1}
-CONFIGS = {
-    "gpt2": GPT2Config(**_GPT),
-    "gptj": GPTJConfig(**_GPT, rotary_dim=8),
-    "gpt_neo": GPTNeoConfig(
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        max_position_embeddings=64,
-        attention_types=[[["global", "local"], 1]],
-        **_IDS,
-    ),
-    "gpt_neox": GPTNeoXConfig(**_HIDDEN, intermediate_size=64),
-    # As OPT-350M: embeddings narrower than the model.
-    "opt": OPTConfig(**_HIDDEN, ffn_dim=64, word_embed_proj_dim=16),
-    "llama": LlamaConfig(**_LLAMA),
-    "mistral": MistralConfig(**_LLAMA),
-    "qwen2": Qwen2Config(**_LLAMA),
-}
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_language import CONFIGS, write_family  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A folder of each family, random weights, with the mini tokenizer."""
-    made = {}
-    for family, config in CONFIGS.items():
-        torch.manual_seed(1)
-        folder = tmp_path_factory.mktemp(family)
-        model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():  # so far apart that no two tokens tie
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=0.3)
-        model.save_pretrained(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(MINI_LANGUAGE / name, folder / name)
-        made[family] = folder
-    return made
+    return {family: write_family(tmp_path_factory.mktemp(family), family) for family in CONFIGS}
 
 
 @pytest.fixture
@@ -126,11 +85,16 @@ class TestFamilies:
 
     def test_blocks_are_the_transformer_blocks(self, folders, family):
         language = open_family(folders, family)
-        calls = []
+        calls, shapes = [], []
         for index, block in enumerate(language.blocks):
             block.register_forward_hook(lambda *_, index=index: calls.append(index))
+        language.blocks[1].register_forward_pre_hook(
+            lambda block, args, kwargs: shapes.append((args[0] if args else kwargs["hidden_states"]).shape),
+            with_kwargs=True,
+        )
         language(torch.randn(1, 3, language.width))
         assert calls == [0, 1]
+        assert shapes == [(1, 3, language.hidden_size)]
 
 
 def test_nothing_is_frozen_behind_the_plans_back(mini):

@@ -29,6 +29,8 @@ APPROACHES: dict[str, str] = {
     "cross_modal_reprogramming": "wlsup.approaches.cross_modal_reprogramming:CrossModalReprogramming",
     "lst": "wlsup.approaches.lst:LadderSideTuning",
     "selective_k": "wlsup.approaches.selective_k:SelectiveK",
+    "magma": "wlsup.approaches.magma:Magma",
+    "magma_moe": "wlsup.approaches.magma_moe:MagmaMoE",
     "full": "wlsup.approaches.full:Full",
     "lit": "wlsup.approaches.lit:Lit",
     "lora": "wlsup.approaches.lora:Lora",

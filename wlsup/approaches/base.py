@@ -32,9 +32,10 @@ class Approach(lightning.LightningModule):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    untouched: ClassVar[bool] = False
-    """The plan leaves the encoder's function as it is: what it makes of a picture never changes, and may be cached."""
-    cacheable: ClassVar[Literal["", "pooled", "tokens"]] = ""
+    untouched: bool = False
+    """The plan leaves the encoder's function as it is: what it makes of a picture never changes, and may be cached. An
+    approach whose configuration decides says it of itself, not of its class."""
+    cacheable: Literal["", "pooled", "tokens"] = ""
     """What `losses` and `embed` take of pictures, and only through `encode`; "" where they need the pictures."""
     identity_at_start: ClassVar[bool] = True
     """At step 0 the encoder computes the pretrained function."""

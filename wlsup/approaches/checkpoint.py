@@ -13,9 +13,19 @@ __all__ = ["check_checkpoint", "pack_checkpoint", "saved_names"]
 
 
 def saved_names(approach: Approach) -> set[str]:
-    """Return the names of what a checkpoint holds: trained parameters, and the buffers of the modules that own one."""
+    """Return the names of what a checkpoint holds: trained parameters, and the buffers that belong to them.
+
+    Those are the buffers of a module that owns a trained parameter, and, of one without parameters (a table of hash
+    routing), those right inside a module of which all parameters train.
+    """
     trained = set(approach.plan.trained_names(approach))
+    modules = dict(approach.named_modules())
     owners = {name.rpartition(".")[0] for name in trained}
+    for owner in {name.rpartition(".")[0] for name, _ in approach.named_buffers()} - owners:
+        parent = owner.rpartition(".")[0]
+        around = [f"{parent}.{name}" for name, _ in modules[parent].named_parameters()]
+        if around and trained.issuperset(around) and not any(True for _ in modules[owner].parameters()):
+            owners.add(owner)
     buffers = {name for name, _ in approach.named_buffers() if name.rpartition(".")[0] in owners}
     return (trained | buffers) & set(approach.state_dict(keep_vars=True))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ class CrossModalReprogramming(Approach):
 
     name = "cross_modal_reprogramming"
     summary = "captions written into a frozen vision classifier's pixels or tokens, which then classifies them"
-    untouched: ClassVar[bool] = True
+    untouched = True
 
     def __init__(
         self,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count, islice
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,17 @@ from wlsup.models.language import GenerationSpec, LanguageModel, LanguageSpec
 from wlsup.models.prefix import ImagePrefix, PrefixSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
 from wlsup.objectives.captioning import prefix_captioning_loss
+from wlsup.objectives.held_out_captions import (
+    SAMPLES,
+    CaptionLosses,
+    caption_losses,
+    generated_captions,
+    interval,
+    likelier_row,
+    loss_rows,
+    next_picture,
+    said_lines,
+)
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
 from wlsup.plan import Freeze, Train, TrainPlan
@@ -28,9 +38,6 @@ __all__ = ["LinearMap"]
 _log = logging.getLogger("wlsup")
 
 _See = Callable[[CaptionBatch], VisionOutput]
-
-_SAMPLES = 4
-"""Captions that are shown with the measured figures."""
 
 
 class LinearMap(Approach):
@@ -60,8 +67,8 @@ class LinearMap(Approach):
 
     name = "linear_map"
     summary = "one linear map from a frozen encoder into a frozen language model (LiMBeR)"
-    untouched: ClassVar[bool] = True
-    cacheable: ClassVar[Literal["", "pooled", "tokens"]] = "tokens"
+    untouched = True
+    cacheable = "tokens"
 
     def __init__(
         self,
@@ -141,23 +148,15 @@ class LinearMap(Approach):
                 **{what: self._held_out(control.map, control.see, held_out) for what, control in controls.items()},
                 "this encoder, an untrained map": self._held_out(untrained, self._see, held_out),
                 "this encoder, this map, the next pair's picture": self._held_out(
-                    self.prefix, lambda batch: _rolled(self._see(batch)), held_out
+                    self.prefix, lambda batch: next_picture(self._see(batch)), held_out
                 ),
-                "the language model alone": self._held_out(None, self._see, held_out),
+                "the language model alone": caption_losses(self.language, held_out),
             }
-        rows = [
-            {"what": what, "value": _per_token(result), "unit": "nats", "chance": None}
-            for what, result in results.items()
-        ]
         other = results["this encoder, this map, the next pair's picture"]
-        likelier = 100 * float((own[0] < other[0]).double().mean())
-        rows.append(
-            {"what": "captions likelier with their own picture", "value": likelier, "unit": "%", "chance": 50.0}
-        )
         captions = self._samples(held_out[0])
         return {
-            "title": f"Caption loss a token, {len(own[0])} held-out pairs: {self.name}",
-            "rows": rows,
+            "title": f"Caption loss a token, {len(own.nats)} held-out pairs: {self.name}",
+            "rows": [*loss_rows(results), likelier_row(own, other)],
             "note": "\n".join(
                 [
                     *_findings(results),
@@ -166,7 +165,7 @@ class LinearMap(Approach):
                         if held_out[0].encoded is None
                         else ["a random encoder: needs pictures, and features are cached"]
                     ),
-                    *(f"{pair['generated']!r} for {pair['caption']!r}" for pair in captions),
+                    *said_lines(captions),
                 ]
             ),
             "captions": captions,
@@ -177,27 +176,14 @@ class LinearMap(Approach):
         return self.encode(batch)
 
     def _samples(self, batch: CaptionBatch) -> list[dict[str, str]]:
+        few = next(_split(batch, SAMPLES))
         with torch.no_grad():
-            prefix = self.prefix.eval()(self._see(next(_split(batch, _SAMPLES))), self.encoder.grid_size)
-        said = self.language.generate(prefix, self.generation)
-        pairs = zip(batch.keys, batch.captions, said, strict=False)
-        return [{"key": key, "caption": caption, "generated": generated} for key, caption, generated in pairs]
+            prefix = self.prefix.eval()(self._see(few), self.encoder.grid_size)
+        return generated_captions(self.language, prefix, few, self.generation)
 
-    @torch.no_grad()
-    def _held_out(self, prefix: ImagePrefix | None, see: _See, batches: list[CaptionBatch]) -> tuple[Tensor, Tensor]:
-        """Return nats and tokens of each held-out caption, (n,) fp64 each; without a map, behind the start token."""
-        if prefix is not None:
-            prefix.eval()
-        nats, tokens, start = [], [], torch.tensor([[self.language.tokenizer.start_id]], device=self.device)
-        for batch in batches:
-            captions = self.language.tokenizer(batch.captions, device=self.device)
-            if prefix is None:
-                front = self.language.embed(start).expand(len(batch), -1, -1)
-            else:
-                front = prefix(see(batch), self.encoder.grid_size)
-            nats.append(prefix_captioning_loss(self.language, front, captions, "none").sum(1).double().cpu())
-            tokens.append(captions.mask.sum(1).double().cpu())
-        return torch.cat(nats), torch.cat(tokens)
+    def _held_out(self, prefix: ImagePrefix, see: _See, batches: list[CaptionBatch]) -> CaptionLosses:
+        prefix.eval()
+        return caption_losses(self.language, batches, lambda batch: prefix(see(batch), self.encoder.grid_size))
 
     def _controls(self, pictures: bool = True) -> dict[str, _Control]:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -286,25 +272,13 @@ def _split(batch: CaptionBatch, size: int) -> Iterator[CaptionBatch]:
         )
 
 
-def _rolled(seen: VisionOutput) -> VisionOutput:
-    """Give each pair the next pair's picture."""
-    return replace(seen, pooled=seen.pooled.roll(1, 0), tokens=seen.tokens.roll(1, 0))
-
-
-def _per_token(result: tuple[Tensor, Tensor]) -> float:
-    nats, tokens = result
-    return float(nats.sum() / tokens.sum())
-
-
-def _findings(results: dict[str, tuple[Tensor, Tensor]]) -> list[str]:
-    """Say what the comparison shows, with 95 % intervals over captions (normal approximation, paired)."""
-    (own, tokens), lines = results["this encoder, this map"], []
-    for what, (nats, _) in results.items():
+def _findings(results: dict[str, CaptionLosses]) -> list[str]:
+    """Say what the comparison shows, with 95 % intervals over captions."""
+    own, lines = results["this encoder, this map"], []
+    for what, result in results.items():
         if "its map" not in what:
             continue
-        difference = nats - own
-        mean = float(difference.sum() / tokens.sum())
-        half = 1.96 * float(difference.std()) * math.sqrt(len(own)) / float(tokens.sum())
+        mean, half = interval(result, own)
         verdict = "lower" if mean - half > 0 else "higher" if mean + half < 0 else "not distinguishable from"
         lines.append(
             f"{what.split(',')[0]}: {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] nats a token against this "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 from torch import Tensor
 
 from wlsup.approaches.base import Approach
@@ -46,8 +44,8 @@ class Lit(Approach):
 
     name = "lit"
     summary = "locked image tuning: the encoder is frozen, only the heads of the contrastive loss train"
-    untouched: ClassVar[bool] = True
-    cacheable: ClassVar[Literal["", "pooled", "tokens"]] = "pooled"
+    untouched = True
+    cacheable = "pooled"
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class ReprogrammingApproach(Approach):
 
     name = "reprogramming"
     summary = "a learned frame of pixels makes a frozen classifier do another task (adversarial reprogramming)"
-    untouched: ClassVar[bool] = True
+    untouched = True
 
     def __init__(
         self,

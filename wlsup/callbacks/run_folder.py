@@ -19,8 +19,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from wlsup.callbacks.captions import Captions
+from wlsup.callbacks.guards import Guards
 from wlsup.callbacks.knn import KNN, domain_means
 from wlsup.callbacks.retrieval import Retrieval
+from wlsup.callbacks.routing import routing_layout
 from wlsup.evaluation.caption_table import caption_markdown, print_caption_table
 from wlsup.evaluation.knn import PROTOCOL
 from wlsup.evaluation.table import knn_markdown, print_knn_table
@@ -124,7 +126,7 @@ class RunFolder(Callback):
         metrics = knn.baseline_metrics() if knn else {}
         for board in _boards(trainer):
             board.experiment.add_text("plan", plan_markdown(plan), 0)
-            board.experiment.add_custom_scalars(_layout(knn))
+            board.experiment.add_custom_scalars(_layout(knn, pl_module))
             board.log_hyperparams(self.hyperparameters, metrics)
 
     def on_train_batch_end(
@@ -173,7 +175,7 @@ class RunFolder(Callback):
     def results(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         """Return what results.json holds."""
         data, knn, retrieval = trainer.datamodule, _find(trainer, KNN), _find(trainer, Retrieval)
-        captions = _find(trainer, Captions)
+        captions, guards = _find(trainer, Captions), _find(trainer, Guards)
         plan = pl_module.plan.describe(pl_module)
         entries = knn.results if knn else {}
         return {
@@ -193,6 +195,7 @@ class RunFolder(Callback):
             "captioning": captions.results if captions else {},
             "retrieval": retrieval.results if retrieval else {},
             "summary": domain_means(entries),
+            "guards": guards.results if guards else {},
             "protocol": PROTOCOL,
         }
 
@@ -219,7 +222,7 @@ def _boards(trainer: lightning.Trainer) -> list[TensorBoardLogger]:
     return [sink for sink in trainer.loggers if isinstance(sink, TensorBoardLogger)]
 
 
-def _layout(knn: KNN | None) -> dict[str, dict[str, list]]:
+def _layout(knn: KNN | None, module: torch.nn.Module) -> dict[str, dict[str, list]]:
     sets = knn.sets if knn else []
     by_domain = {
         title: [f"knn/{s.name}" for s in sets if s.domain == domain]
@@ -240,4 +243,6 @@ def _layout(knn: KNN | None) -> dict[str, dict[str, list]]:
     if sets:
         layout["k-NN accuracy"] = {title: ["Multiline", tags] for title, tags in by_domain.items() if tags}
         layout["k-NN difference to pretrained"] = {title: ["Multiline", tags] for title, tags in deltas.items()}
+    if routing := routing_layout(module):
+        layout["routing"] = routing
     return layout

@@ -22,12 +22,15 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from wlsup.approaches import APPROACHES, approach_class
 from wlsup.approaches.base import Approach
+from wlsup.callbacks.captions import Captions
 from wlsup.callbacks.ema import EMA
+from wlsup.callbacks.guards import Guards
 from wlsup.callbacks.keyed_randomness import KeyedRandomness
 from wlsup.callbacks.knn import KNN
 from wlsup.callbacks.progress import training_progress
 from wlsup.callbacks.reconstructions import Reconstructions
 from wlsup.callbacks.retrieval import Retrieval
+from wlsup.callbacks.routing import RoutingMonitor
 from wlsup.callbacks.run_folder import RunFolder
 from wlsup.cli.lacking import refuse_what_lacks
 from wlsup.cli.logs import log_to_file
@@ -50,8 +53,10 @@ class WlsupCLI(LightningCLI):
         parser.add_argument("--run_dir", type=str | None, default=None, help="this run's folder, instead of a new one")
         parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from")
         parser.add_lightning_class_args(Reconstructions, "reconstructions")
+        parser.add_lightning_class_args(Guards, "guards")
         if self._model_class.name in APPROACHES:
             parser.add_lightning_class_args(KNN, "knn")
+            parser.add_lightning_class_args(Captions, "captioning")
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -91,6 +96,7 @@ class WlsupCLI(LightningCLI):
         mine: list[Callback] = [
             KeyedRandomness(self.config.seed_everything),
             Retrieval(),
+            *([RoutingMonitor()] if logs else []),
             RunFolder(
                 self.run_dir,
                 config=self.parser.dump(self.config, skip_none=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from wlsup.data.replay import ReplayDataset, check_replay, replay_pictures
 from wlsup.data.sampler import EpochSampler
 from wlsup.data.sources import CaptionSource, SourceRequest, check_source, load_source
 from wlsup.data.stores import check_path
-from wlsup.data.subset import manifest_sha256, read_manifest, split_positions, write_manifest
+from wlsup.data.subset import hash_positions, manifest_sha256, read_manifest, split_positions, write_manifest
 from wlsup.data.transforms import EvalTransform, TrainTransform
 from wlsup.errors import WlsupError
 
@@ -275,6 +276,11 @@ class CaptionDataModule(KeyedDataModule):
         return list(self._ready().keys)
 
     @property
+    def captions(self) -> Sequence[Sequence[str]]:
+        """Of each training picture all the captions that it has."""
+        return self._ready().captions
+
+    @property
     def pairs(self) -> int:
         """Number of training images, each with one caption an epoch."""
         return len(self._ready().keys)
@@ -299,6 +305,24 @@ class CaptionDataModule(KeyedDataModule):
         return self._val_loader(
             CaptionDataset(source.keys, source.captions, source.pictures, EvalTransform(spec), spec, self.seed)
         )
+
+    def held_out(self, pictures: int) -> tuple[BatchLoader | list[BatchLoader], dict[str, list[str]]]:
+        """Return held-out pictures, whole whatever is cached, and every caption that each has.
+
+        Args:
+            pictures: how many at most; a hash of the keys chooses, so that fewer are some of more.
+
+        Returns:
+            (the loader of their batches, sorted by key and without those that cannot be read; captions by key).
+        """
+        self._ready()
+        source, spec = self._validation, self._spec()
+        if source is None or not source.keys or pictures < 1:
+            return [], {}
+        part = source.take(sorted(hash_positions(source.keys, "wlsup captions")[:pictures].tolist()))
+        captions = [list(some) for some in part.captions]
+        dataset = CaptionDataset(part.keys, captions, part.pictures, EvalTransform(spec), spec, self.seed)
+        return self._val_loader(dataset), dict(zip(part.keys, captions, strict=True))
 
     def _with_replay(
         self, dataset: CaptionDataset, transform: TrainTransform, spec: ImageSpec

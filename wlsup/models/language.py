@@ -102,6 +102,11 @@ class LanguageModel(nn.Module):
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
+    def hidden_size(self) -> int:
+        """Channels of the blocks' hidden states: what adapters read and change."""
+        return int(self.model.config.hidden_size)
+
+    @property
     def vocabulary(self) -> int:
         """Number V of token ids that the logits are over."""
         return int(self.model.get_output_embeddings().weight.shape[0])

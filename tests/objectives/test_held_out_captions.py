@@ -1,0 +1,77 @@
+"""What the table of a captioner promises: nats a token, a paired interval, somebody else's picture."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wlsup.batch import CaptionBatch, VisionOutput
+from wlsup.models.language import GenerationSpec, LanguageModel, LanguageSpec
+from wlsup.objectives.held_out_captions import (
+    CaptionLosses,
+    caption_losses,
+    generated_captions,
+    interval,
+    likelier_row,
+    loss_rows,
+    next_picture,
+)
+
+CAPTIONS = ["a red square left of a circle", "a kite", "a large blue dome on sand"]
+
+
+def losses(*nats, tokens=(2.0, 3.0, 5.0)):
+    return CaptionLosses(torch.tensor(nats, dtype=torch.float64), torch.tensor(tokens, dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def language():
+    return LanguageModel(LanguageSpec())
+
+
+def pairs(captions):
+    return CaptionBatch(torch.zeros(len(captions), 3, 8, 8), captions, [f"k{i}" for i in range(len(captions))])
+
+
+def test_the_mean_is_over_tokens_not_over_captions():
+    assert losses(1.0, 2.0, 7.0).per_token == pytest.approx(1.0)
+    assert loss_rows({"it": losses(1.0, 2.0, 7.0)}) == [{"what": "it", "value": 1.0, "unit": "nats", "chance": None}]
+
+
+def test_the_interval_is_paired_and_of_known_width():
+    mean, half = interval(losses(2.0, 3.0, 10.0), losses(1.0, 2.0, 7.0))
+    assert mean == pytest.approx(5 / 10)  # differences 1, 1, 3 over ten tokens
+    assert half == pytest.approx(1.96 * (4 / 3) ** 0.5 * 3**0.5 / 10)
+    assert interval(losses(2.0, 3.0, 8.0), losses(1.0, 2.0, 7.0))[1] == 0  # all alike: certain, whatever their spread
+
+
+def test_likelier_counts_strictly():
+    row = likelier_row(losses(1.0, 2.0, 7.0), losses(2.0, 2.0, 6.0))
+    assert row["value"] == pytest.approx(100 / 3)
+    assert row["chance"] == 50
+
+
+def test_the_next_picture_is_another_pairs():
+    seen = VisionOutput(torch.arange(3.0)[:, None], torch.arange(3.0)[:, None, None])
+    moved = next_picture(seen)
+    assert moved.pooled.flatten().tolist() == moved.tokens.flatten().tolist() == [2.0, 0.0, 1.0]
+
+
+def test_losses_are_transformers_own_of_each_caption_whatever_its_batch(language):
+    start = language.embed(torch.tensor([[language.tokenizer.start_id]]))
+    front = torch.randn(1, 4, language.width)
+    for told, before in ((None, start), (lambda batch: front.expand(len(batch), -1, -1), front)):
+        found = caption_losses(language, [pairs(CAPTIONS[:2]), pairs(CAPTIONS[2:])], told)
+        for index, caption in enumerate(CAPTIONS):
+            ids = language.tokenizer([caption]).ids
+            with torch.no_grad():
+                logits = language.model(inputs_embeds=torch.cat([before, language.embed(ids)], 1)).logits[0]
+            own = F.cross_entropy(logits[before.shape[1] - 1 : -1], ids[0], reduction="sum")
+            assert float(found.nats[index]) == pytest.approx(float(own), rel=1e-5)
+            assert found.tokens[index] == ids.shape[1]
+
+
+def test_generated_captions_stand_beside_their_pairs(language):
+    said = generated_captions(language, torch.randn(2, 3, language.width), pairs(CAPTIONS), GenerationSpec())
+    assert [pair["key"] for pair in said] == ["k0", "k1"]
+    assert [pair["caption"] for pair in said] == CAPTIONS[:2]
+    assert all(isinstance(pair["generated"], str) for pair in said)
