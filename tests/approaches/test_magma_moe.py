@@ -153,9 +153,7 @@ class TestStep0:
         else:
             assert (mixed - plain)[real].abs().max() <= 1e-5 * plain.abs().max()
 
-    def test_with_zero_up_experts_captioning_moves_experts_at_once_and_the_router_a_step_later(
-        self, batch
-    ):
+    def test_with_zero_up_experts_captioning_moves_experts_at_once_and_the_router_a_step_later(self, batch):
         spec = MoESpec(experts=4, k=2, balance="none", z_weight=0.0)
         approach = make(spec)
         approach.losses(batch)["loss"].backward()

@@ -253,8 +253,6 @@ def _layers(
     with _seeded(seed):
         for site in sites:
             experts = [site.expert() for _ in range(spec.experts)]
-            with torch.no_grad():
-                next(experts[1].parameters()).mul_(1.001)
             if noise:
                 _add_noise(experts, noise)
             layer = MoE(experts, site.width, spec, causal, rows, frequencies, token_ids)
