@@ -106,7 +106,7 @@ class Site:
 
         def undo() -> None:
             for part in self.parts.values():
-                pass
+                part.__dict__.pop("forward", None)
 
         return undo
 
