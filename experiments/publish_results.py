@@ -22,19 +22,21 @@ ROOT = HERE.parent
 
 def header(row: dict[str, Any]) -> dict[str, str]:
     """Return a recipe's "time" and "result" lines out of its approach's row."""
-    seeds = len(row["seeds"])
-    knn = row["knn"].items()
-    if not any(value for _, entry in knn for value in entry["delta"]["values"]):
-        text = "k-NN cannot change, by design; what it measures: experiments/results/mini.md"
-    else:
-        text = ", ".join(
+    knn, retrieval, task = row["knn"].items(), row["retrieval"], row["task"]
+    if any(value for _, entry in knn for value in entry["delta"]["values"]):
+        found = [
             f"{name.removeprefix('mini_')} {100 * entry['pretrained']:.1f} -> {100 * entry['finetuned']['mean']:.1f}"
             for name, entry in knn
-        )
-    cost = f"{row['processor_seconds']:.0f} s of computing, {row['peak_resident_mib']:,.0f} MiB at the peak"
+        ]
+    elif task:  # the encoder is untouched: what counts is what the approach measures of itself
+        found = [f"{one['what']} {one['value']['mean']:.4g} {one['unit']}" for one in task["rows"][:2]]
+    else:
+        found = [f"image-to-text R@1 {100 * retrieval['image_to_text']['mean']:.1f} %; k-NN cannot change, by design"]
+    seeds = row["seeds"]
+    whose = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
     return {
-        "time": cost,
-        "result": f"mean of {seeds} seeds, reproduced here: {text}",
+        "time": f"{row['processor_seconds']:.0f} s of computing, {row['peak_resident_mib']:,.0f} MiB at the peak",
+        "result": f"{whose}, reproduced here: {', '.join(found)}",
     }
 
 

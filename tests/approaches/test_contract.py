@@ -86,16 +86,11 @@ class TestContract:
         approach.setup("fit")
         trained = set(approach.plan.trained_names(approach))
         before = copy.deepcopy(approach.state_dict())
-        train(approach, 3, lr=1e-2)
-        # A bias does not decay, and one of an expert of a mixture to which no token went has no gradient either.
-        vectors = {name: p for name, p in approach.named_parameters() if ".experts." in name and p.ndim == 1}
-        idle = {name for name, p in vectors.items() if not p.grad.any()}
-        assert len(idle) <= len(vectors) / 2
+        # A rate at which no expert of a mixture is left without tokens: its bias would have nothing to move it.
+        train(approach, 3, lr=1e-3)
         for key, tensor in approach.state_dict().items():
-            if key in trained - idle:
+            if key in trained:
                 assert not torch.equal(tensor, before[key]), f"{key} trains and did not move"
-            elif key in idle:
-                continue
             else:
                 assert torch.equal(tensor, before[key]), f"{key} is frozen and moved"
 

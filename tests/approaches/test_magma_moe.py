@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from wlsup.adapters.language import LanguageAdapterSpec
+from wlsup.approaches.checkpoint import saved_names
 from wlsup.approaches.magma import Magma
 from wlsup.approaches.magma_moe import MagmaMoE
 from wlsup.batch import CaptionBatch
+from wlsup.callbacks.guards import Guards
 from wlsup.callbacks.keyed_randomness import KeyedRandomness
 from wlsup.cli import main
 from wlsup.data.datamodule import CaptionDataModule
@@ -288,6 +291,14 @@ class TestIds:
         with pytest.raises(WlsupError, match="give pictures of 64 pixels"):
             approach.caption(torch.randn(1, 3, 96, 96))
 
+    def test_a_prefix_of_one_position_is_not_taken_for_the_word_embedded_last(self, batch):
+        approach, seen = make(MoESpec(experts=4, router="hash"), prefix=PrefixSpec(tokens="pooled")).eval(), []
+        layers(approach)[0].router.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+        approach.language.embed(torch.full((4, 1), approach.language.tokenizer.start_id))
+        approach.caption(batch.images, GenerationSpec(max_tokens=2))
+        assert seen[0].tolist() == [[approach.language.vocabulary]] * 4
+        assert all((ids < approach.language.vocabulary).all() for ids in seen[1:])
+
     def test_a_copy_is_driven_by_its_own_ids(self, batch):
         approach = scattered(make(MoESpec(experts=4, k=2, router="hash"))).eval()
         other = copy.deepcopy(approach)
@@ -396,6 +407,25 @@ class TestRuns:
             assert (bias - last).abs().max() <= step - last_step
             last_step, last = step, bias
         assert last.any()
+
+    def test_a_batch_that_is_not_finite_moves_no_weight_and_no_bias(self):
+        states = []
+
+        class Spoil(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                if trainer.global_step == 3:
+                    batch.encoded = replace(batch.encoded, tokens=batch.encoded.tokens * float("nan"))
+
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                states.append({name: pl_module.state_dict()[name].clone() for name in saved_names(pl_module)})
+
+        guards = Guards()
+        fit(None, BIAS, callbacks=[Spoil(), guards])
+        assert guards.skipped == 1
+        for name, tensor in states[3].items():
+            assert torch.equal(tensor, states[2][name]), name
+            assert torch.isfinite(states[-1][name]).all()
+        assert any(not torch.equal(states[1][n], states[2][n]) for n in states[1] if n.endswith("bias_steps"))
 
     def test_a_cached_run_measures_itself(self):
         approach, data = fit(None, MoESpec(experts=4, k=2))

@@ -22,6 +22,8 @@ def row(delta):
     return {
         "seeds": [0, 1],
         "knn": {"mini_shapes": values},
+        "retrieval": {"image_to_text": {"mean": 0.0625}},
+        "task": None,
         "processor_seconds": 61.2,
         "peak_resident_mib": 1234.5,
     }
@@ -43,8 +45,14 @@ def test_a_header_gets_time_and_result_once(script):
     assert script.with_header(new, script.header(row(-0.1))) == new
 
 
-def test_an_untouched_encoder_is_said_to_be(script):
-    assert "by design" in script.header(row(0.0))["result"]
+def test_of_an_untouched_encoder_the_header_says_what_was_measured_instead(script):
+    assert script.header(row(0.0))["result"].endswith("image-to-text R@1 6.2 %; k-NN cannot change, by design")
+    task = {"rows": [{"what": "loss", "unit": "nats", "value": {"mean": 1.5}}]}
+    assert script.header({**row(0.0), "task": task})["result"].endswith(": loss 1.5 nats")
+
+
+def test_a_single_seed_is_named(script):
+    assert script.header({**row(-0.1), "seeds": [2]})["result"].startswith("seed 2, reproduced here:")
 
 
 def test_only_the_table_of_the_readme_changes(script):
