@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from wlsup.cli import main
 from wlsup.models.mae import DecoderSpec, build_mae
@@ -64,3 +65,15 @@ def test_fit_starts_from_it(run, tmp_path):
     assert main(options) == 0
     results = json.loads((tmp_path / "fit" / "results.json").read_text())
     assert results["knn"]["mini_digits"]["test"] > 0
+
+
+def test_pictures_of_several_places(tmp_path):
+    places = [tmp_path / "one", tmp_path / "two"]
+    for hue, place in enumerate(places):
+        place.mkdir()
+        for number in range(20):
+            Image.new("RGB", (40, 36), (12 * number, 90 * hue, 60)).save(place / f"{number}.png")
+    options = ["--data.images", json.dumps([str(place) for place in places]), "--data.pictures", "null"]
+    run = ["--run_dir", str(tmp_path / "run"), "--trainer.max_epochs", "1", "--data.validation_pictures", "8"]
+    assert main([*TINY, *options, *run]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["captions"]["pairs"] == 32

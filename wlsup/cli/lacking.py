@@ -48,9 +48,10 @@ def _lacking_pairs(config: Any) -> list[str]:
     fetched = _FETCHED.get(config.get("data.source"), (None, None))
     lacking: dict[str, list[str]] = {}
     for option, what, entry in zip(("captions", "images"), ("captions", "pictures"), fetched, strict=True):
-        path = config.get(f"data.{option}")
-        if path and not Path(path).expanduser().exists():
-            lacking.setdefault(_how(entry), []).append(f"the {what} {path} (data.{option})")
+        given = config.get(f"data.{option}") or []
+        for path in [given] if isinstance(given, str) else given:
+            if not Path(path).expanduser().exists():
+                lacking.setdefault(_how(entry), []).append(f"the {what} {path} (data.{option})")
     return [f"{' and '.join(names)}{how}" for how, names in lacking.items()]
 
 
