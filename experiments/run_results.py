@@ -28,6 +28,13 @@ from wlsup.files import write_json, write_text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+_SCORES = {
+    "bleu_1": "BLEU-1",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+    "meteor": "METEOR (nltk)",
+}
 
 
 def run(approach: str, seed: int, folder: Path, preset: str, options: list[str]) -> str | None:
@@ -85,6 +92,7 @@ def summarise(approach: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_gpu_mib": max((one.get("gpu") or 0 for one in memory), default=0) or None,
         "retrieval": _retrieval(results),
         "task": _task(results),
+        "captioning": _captioning(results),
     }
     return row
 
@@ -110,6 +118,16 @@ def _task(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"title": tasks[0]["title"], "rows": rows}
 
 
+def _captioning(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the scores of held-out pictures' captions over the seeds, None for an approach that does not caption."""
+    found = [result.get("captioning") for result in results]
+    if not all(found):
+        return None
+    names = [name for name in found[0]["scores"] if all(name in one["scores"] for one in found)]
+    scores = {name: interval([one["scores"][name]["value"] for one in found]) for name in names}
+    return {"pictures": found[0]["pictures"], "generation": found[0]["generation"], "scores": scores}
+
+
 def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) -> str:
     """Return the table for people."""
     lines = [
@@ -130,8 +148,7 @@ def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) 
             f"| {_points(row['out_of_domain_delta'])} | {row['parameters']['trained']:,} ({share:.1f} %) "
             f"| {row['processor_seconds']:.0f} | {row['peak_resident_mib']:,.0f} |"
         )
-    if rows:
-        sets = list(rows[0]["knn"])
+    if rows and (sets := list(rows[0]["knn"])):
         lines += ["", "By set, accuracy in %, pretrained first:", "", "| approach | " + " | ".join(sets) + " |"]
         lines += ["|---|" + "---:|" * len(sets)]
         cells = [f"{100 * rows[0]['knn'][name]['pretrained']:.1f}" for name in sets]
@@ -153,6 +170,17 @@ def _tasks_markdown(rows: list[dict[str, Any]]) -> list[str]:
         lines += ["", f"Image-to-text R@1 over {pairs} held-out pairs, in % (chance {100 * chance:.1f}):", ""]
         lines += ["| approach | R@1 |", "|---|---:|"]
         lines += [f"| `{row['approach']}` | {_accuracy(row['retrieval']['image_to_text'])} |" for row in found]
+    if found := [row for row in rows if row["captioning"]]:
+        pictures, names = (
+            found[0]["captioning"]["pictures"],
+            [n for n in _SCORES if n in found[0]["captioning"]["scores"]],
+        )
+        lines += ["", f"Captions of {pictures} held-out pictures, scored against people's (bigger is better):", ""]
+        lines += ["| approach | " + " | ".join(_SCORES[name] for name in names) + " |", "|---|" + "---:|" * len(names)]
+        for row in found:
+            scores = [row["captioning"]["scores"].get(name) for name in names]
+            cells = ["" if one is None else _figure({"unit": "", "value": one}) for one in scores]
+            lines.append(f"| `{row['approach']}` | " + " | ".join(cells) + " |")
     for row in rows:
         if row["task"]:
             lines += ["", f"{row['task']['title']} (`{row['approach']}`):", "", "| measured | value | chance |"]

@@ -34,6 +34,11 @@ def results(approach, seed, delta):
         "knn": {"near": {"domain": "in", **entry}, "far": {"domain": "out", **entry}},
         "summary": {"in_domain_delta": delta, "out_of_domain_delta": delta},
         "retrieval": {"pairs": 64, "image_to_text": {"1": 0.1 + delta}, "chance": {"1": 1 / 64}},
+        "captioning": {
+            "pictures": 8,
+            "generation": "greedy",
+            "scores": {"bleu_4": {"value": 0.1 + delta}, "cider_d": {"value": 1.0 + delta}, "loss": {"value": 2.0}},
+        },
         "task": {"title": "T", "rows": [{"what": "loss", "value": 1.5 + delta, "unit": "nats", "chance": None}]},
     }
 
@@ -56,6 +61,9 @@ def test_the_row_holds_what_the_table_shows(script):
     assert "R@1 over 64 held-out pairs, in % (chance 1.6):" in text
     assert "| `film` | 12.0 ± 12.7 |" in text
     assert "| loss | 1.520 ± 0.127 nats | - |" in text
+    assert "Captions of 8 held-out pictures" in text
+    assert "| approach | BLEU-4 | CIDEr-D |" in text
+    assert "| `film` | 0.120 ± 0.127 | 1.020 ± 0.127 |" in text
     assert "`lora, seed 0` failed: exit code 2: no" in text
 
 
