@@ -76,8 +76,8 @@ def refuse_untouched(module: torch.nn.Module) -> None:
     """
     if module.untouched:
         raise WlsupError(
-            f"Approach {module.name!r} leaves the encoder as it was pretrained, so that both ends of WiSE-FT's curve are "
-            "one encoder and there is no curve. Give a run of an approach that trains the encoder."
+            f"Approach {module.name!r} leaves the encoder as it was pretrained, so that both ends of WiSE-FT's curve "
+            "are one encoder and there is no curve. Give a run of an approach that trains the encoder."
         )
 
 

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how to load it, what it was taught with, what it scores and where it fails."""
+"""The model card of an export: what it is, how to load it, what taught it, what it scores and where it fails."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def model_card(
         "Limits": [
             "* It sees pictures only: no caption goes in, and what it learned from captions is in its weights.",
             lost,
-            "* The scores are of these sets alone, from one run with one seed. On other pictures they say little: score "
-            "it on your own before you rely on it.",
+            "* The scores are of these sets alone, from one run with one seed. On other pictures they say little: score it "
+            "on your own before you rely on it.",
             "* It repeats what its captions and pictures left out or got wrong. It was not tested for decisions about "
             "people.",
         ],

@@ -17,8 +17,8 @@ ALPHAS = tuple(round(step / 10, 1) for step in range(11))
 """Wortsman et al.'s grid: 0, 0.1, ..., 1."""
 
 RULE = (
-    "the alpha of highest k-NN accuracy on validation pictures of the in-domain sets, which are held out of their banks "
-    "(mean over sets); of equal ones the lowest; test queries and out-of-domain sets choose nothing"
+    "the alpha of highest k-NN accuracy on validation pictures of the in-domain sets, which are held out of their "
+    "banks (mean over sets); of equal ones the lowest; test queries and out-of-domain sets choose nothing"
 )
 NO_RULE = "0.5, which Wortsman et al. recommend where there is nothing to choose by: there is no in-domain set"
 

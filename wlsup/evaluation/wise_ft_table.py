@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def wise_ft_text(curve: Mapping[str, Any], title: str) -> str:
         lines.append("  ".join(padded).rstrip())
         if position == 0:
             lines.append("  ".join("-" * width for width in widths))
-    return "\n".join([*lines, *_notes(curve)])
+    return "\n".join([*lines, *(line for note in _notes(curve) for line in textwrap.wrap(note, 100))])
 
 
 def wise_ft_markdown(curve: Mapping[str, Any], title: str) -> str:
@@ -55,8 +56,8 @@ def _rows(curve: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _notes(curve: Mapping[str, Any]) -> list[str]:
     lines = [
-        "k-NN accuracy in %; in brackets the 95% interval of the change from alpha 0, in points",
-        "(paired bootstrap over test pictures). alpha 0 is the pretrained encoder, 1 the fine-tuned one.",
+        "k-NN accuracy in %; in brackets the 95% interval of the change from alpha 0, in points (paired bootstrap over "
+        "test pictures). alpha 0 is the pretrained encoder, 1 the fine-tuned one.",
         f"* chosen: {curve['chosen_alpha']:g} = {curve['rule']}.",
     ]
     chosen = curve["alphas"].index(curve["chosen_alpha"])

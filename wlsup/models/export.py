@@ -124,8 +124,8 @@ def write_program(encoder: VisionEncoder, adapters: Sequence[nn.Module], folder:
         difference = difference_of(encoder, loaded)
     except Exception as error:  # torch.export raises its own, and whatever tracing meets
         raise WlsupError(
-            f"torch cannot export this encoder ({type(error).__name__}: {str(error).splitlines()[0][:200]}). Export its "
-            "adapter alone, with --adapter-only."
+            f"torch cannot export this encoder ({type(error).__name__}: {str(error).splitlines()[0][:200]}). Export "
+            "its adapter alone, with --adapter-only."
         ) from error
     if not difference <= TOLERANCE:
         raise WlsupError(
