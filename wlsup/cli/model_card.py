@@ -81,8 +81,8 @@ def model_card(
         "Limits": [
             "* It sees pictures only: no caption goes in, and what it learned from captions is in its weights.",
             lost,
-            "* The scores are of these sets alone, from one run with one seed. On other pictures they say little: score it "
-            "on your own before you rely on it.",
+            "* The scores are of these sets alone, from one run, one seed. On other pictures they say little: score "
+            "it on your own before you rely on it.",
             "* It repeats what its captions and pictures left out or got wrong. It was not tested for decisions about "
             "people.",
         ],

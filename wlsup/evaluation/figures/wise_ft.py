@@ -45,17 +45,24 @@ def draw_wise_ft(curve: Mapping[str, Any], title: str = "") -> Figure:
 def _draw_trade(ax: Axes, curve: Mapping[str, Any], home: Mapping[str, Any], away: Mapping[str, Any]) -> None:
     alphas = curve["alphas"]
     x, y = ([100 * value for value in part["accuracy"]] for part in (home, away))
-    bars = [
-        [[100 * (d - low) for d, (low, _) in pairs], [100 * (high - d) for d, (_, high) in pairs]]
-        for pairs in (list(zip(part["delta"], part["ci95"], strict=True)) for part in (home, away))
-    ]
-    ax.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="none", ecolor="#cccccc", elinewidth=0.8, zorder=1)
-    ax.plot(x, y, color=_COLOURS[0], linewidth=1.6, marker="o", markersize=4.5, zorder=2)
     chosen = alphas.index(curve["chosen_alpha"])
+    for position in {chosen, len(alphas) - 1} - {
+        0
+    }:  # those of all would hide the line; the other panel has them
+        spans = [_span(part, position) for part in (home, away)]
+        ax.errorbar(
+            x[position], y[position], xerr=spans[0], yerr=spans[1], fmt="none", ecolor="#bbbbbb", elinewidth=1, zorder=1
+        )
+    ax.plot(x, y, color=_COLOURS[0], linewidth=1.6, marker="o", markersize=4.5, zorder=2)
     ends = {0: "pretrained, α = 0", len(alphas) - 1: "fine-tuned, α = 1"}
     for position, alpha in enumerate(alphas):
         said = ends.get(position, f"{alpha:g}")
-        _label(ax, said, (x[position], y[position]), _INK if position in ends else _QUIET)
+        right = x[position] > (min(x) + max(x)) / 2  # so that no label leaves the picture
+        place = {"xytext": (-6 if right else 6, 6), "ha": "right" if right else "left"}
+        ink = _INK if position in ends else _QUIET
+        ax.annotate(
+            said, (x[position], y[position]), textcoords="offset points", fontsize=8, color=ink, zorder=4, **place
+        )
     ax.plot(
         x[chosen],
         y[chosen],
@@ -69,15 +76,17 @@ def _draw_trade(ax: Axes, curve: Mapping[str, Any], home: Mapping[str, Any], awa
     )
     ax.axvline(x[0], color=_QUIET, linewidth=0.8, linestyle=":", zorder=0)
     ax.axhline(y[0], color=_QUIET, linewidth=0.8, linestyle=":", zorder=0)
-    ax.margins(0.14)
+    ax.margins(0.12)
     ax.set_xlabel("in domain, mean k-NN accuracy (%)")
     ax.set_ylabel("out of domain, mean k-NN accuracy (%)")
-    ax.set_title("grey bars: 95 % interval of the change from α = 0", fontsize=8.5, color=_QUIET)
+    ax.set_title("bars: 95 % interval of the change from α = 0, where chosen and at α = 1", fontsize=8.5, color=_QUIET)
     ax.legend(frameon=False, fontsize=8.5, loc="best")
 
 
-def _label(ax: Axes, text: str, place: tuple[float, float], colour: str) -> None:
-    ax.annotate(text, place, textcoords="offset points", xytext=(6, 5), fontsize=8, color=colour, zorder=4)
+def _span(part: Mapping[str, Any], position: int) -> list[list[float]]:
+    """Return how far the interval of the change reaches below and above it, in points."""
+    change, (low, high) = part["delta"][position], part["ci95"][position]
+    return [[max(0.0, 100 * (change - low))], [max(0.0, 100 * (high - change))]]
 
 
 def _draw_sets(ax: Axes, curve: Mapping[str, Any]) -> None:
