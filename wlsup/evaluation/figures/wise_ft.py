@@ -46,9 +46,7 @@ def _draw_trade(ax: Axes, curve: Mapping[str, Any], home: Mapping[str, Any], awa
     alphas = curve["alphas"]
     x, y = ([100 * value for value in part["accuracy"]] for part in (home, away))
     chosen = alphas.index(curve["chosen_alpha"])
-    for position in {chosen, len(alphas) - 1} - {
-        0
-    }:  # those of all would hide the line; the other panel has them
+    for position in {chosen, len(alphas) - 1} - {0}:  # those of all would hide the line; the other panel has them
         spans = [_span(part, position) for part in (home, away)]
         ax.errorbar(
             x[position], y[position], xerr=spans[0], yerr=spans[1], fmt="none", ecolor="#bbbbbb", elinewidth=1, zorder=1
@@ -58,7 +56,7 @@ def _draw_trade(ax: Axes, curve: Mapping[str, Any], home: Mapping[str, Any], awa
     for position, alpha in enumerate(alphas):
         said = ends.get(position, f"{alpha:g}")
         right = x[position] > (min(x) + max(x)) / 2  # so that no label leaves the picture
-        place = {"xytext": (-6 if right else 6, 6), "ha": "right" if right else "left"}
+        place = {"xytext": (-6 if right else 6, -13 if position in ends else 6), "ha": "right" if right else "left"}
         ink = _INK if position in ends else _QUIET
         ax.annotate(
             said, (x[position], y[position]), textcoords="offset points", fontsize=8, color=ink, zorder=4, **place
