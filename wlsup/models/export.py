@@ -97,6 +97,8 @@ def write_timm(encoder: VisionEncoder, folder: Path) -> float | None:
 def write_program(encoder: VisionEncoder, adapters: Sequence[nn.Module], folder: Path) -> float:
     """Write encoder.pt2: the encoder under the null condition, its adapters at work, as a `torch.export` program.
 
+    The batch is left open. A module that asks for its size by ``len(tensor)`` closes it: ``tensor.shape[0]`` does not.
+
     Args:
         encoder: with what is attached to it.
         adapters: the modules that its hooks run.
