@@ -167,6 +167,7 @@ def test_the_adapter_alone_stands_on_its_base_and_scores_as_the_run(curve_run, t
         (["{run}", "--alpha", "much"], "--alpha 'much': give numbers"),
         (["{uncurved}", "--alpha", "chosen"], "run `wlsup wise-ft"),
         (["{run}", "-o", "{taken}"], "is there already"),
+        (["{run}", "--licence", "mine: all\nof it"], "give an identifier such as mit"),
         (["{run}", "-o", "{run}/results.json/x"], "Cannot write"),
     ],
 )

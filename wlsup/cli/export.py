@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -53,6 +54,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--licence", "--license", default="other")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", options.licence):
+        raise WlsupError(f"--licence {options.licence!r}: give an identifier such as mit, apache-2.0 or cc-by-4.0.")
     folder = Path(options.run)
     check_finished(folder)
     alpha = _alpha(folder, options.alpha)
@@ -163,7 +166,7 @@ def _write(module: Approach, folder: Path, place: Path, alpha: float, options: a
         kind, what = "adapter", _write_adapter(module, folder, place, alpha)
         difference = None
     else:
-        kind, what, difference = _write_encoder(module, place, alpha)
+        kind, what, difference = _write_encoder(module, place)
     results = folder / "results.json"
     curve = folder / "wise_ft.json"
     said = {
@@ -212,7 +215,7 @@ def _write_adapter(module: Approach, folder: Path, place: Path, alpha: float) ->
     return f"what trained, {len(tensors)} tensors, for wlsup on the base model {module.encoder.base_id}"
 
 
-def _write_encoder(module: Approach, place: Path, alpha: float) -> tuple[str, str, float]:
+def _write_encoder(module: Approach, place: Path) -> tuple[str, str, float]:
     """Write the encoder in the plainest form that computes what it does; return kind, description and difference."""
     from wlsup.approaches.plain import encoder_adapters, plain_encoder
     from wlsup.models.export import TOLERANCE, difference_of, write_program, write_timm
