@@ -11,6 +11,8 @@ from wlsup.errors import WlsupError
 from wlsup.evaluation import wise_ft_curve as module_under_test
 from wlsup.evaluation.figures.saving import save_figure
 from wlsup.evaluation.figures.wise_ft import draw_wise_ft
+from wlsup.evaluation.knn import knn_accuracy
+from wlsup.evaluation.validation import picture_keys, take, validation_split
 from wlsup.evaluation.wise_ft_curve import features_along, load_tensors, wise_ft_curve
 from wlsup.evaluation.wise_ft_table import wise_ft_markdown, wise_ft_text
 
@@ -157,6 +159,12 @@ def test_validation_pictures_do_not_vote(found):
     # Of 80 pictures in 4 classes a fifth validates, and the rest is the bank.
     entry = found["validation"]["by_set"]["home"]
     assert (entry["train"], entry["validation"]) == (64, 16)
+    made = eval_set("home", "in", 10).train
+    split = validation_split(made.labels, picture_keys(made))
+    start, end = ends()
+    along = features_along(Encoder(2).eval(), start, end, made, ALPHAS, batch_size=32)
+    own = [knn_accuracy(*(take(at, rows) for rows in split), k=5, ks=(), num_classes=4).top1 for _, at in along]
+    assert entry["accuracy"] == found["validation"]["accuracy"] == own
 
 
 def test_the_module_comes_back_as_it_was_even_after_an_error():
@@ -166,9 +174,21 @@ def test_the_module_comes_back_as_it_was_even_after_an_error():
     wise_ft_curve(encoder, start, end, [eval_set("home", "in", 10)], alphas=(0, 1), resamples=10)
     assert all(torch.equal(tensor, end[name]) for name, tensor in encoder.state_dict().items())
     assert (encoder.training, encoder.map.training, encoder.drop.training) == (True, False, True)
-    with pytest.raises(WlsupError):
-        wise_ft_curve(encoder, start, end, [EvalSet("none", "in", Pictures(0, 1), Pictures(4, 1), list("abcd"))])
-    assert all(torch.equal(tensor, end[name]) for name, tensor in encoder.state_dict().items())
+
+    class Failing(Encoder):
+        calls = 0
+
+        def features(self, images):
+            self.calls += 1
+            if self.calls == 3:
+                raise WlsupError("in the middle of the line")
+            return super().features(images)
+
+    failing = Failing(2)
+    with pytest.raises(WlsupError, match="in the middle"):
+        wise_ft_curve(failing, start, end, [eval_set("home", "in", 10)])
+    assert all(torch.equal(tensor, end[name]) for name, tensor in failing.state_dict().items())
+    assert failing.training
 
 
 def test_what_cannot_be_read_is_left_out_and_said_once():

@@ -77,7 +77,9 @@ def test_what_timm_has_no_name_for_is_not_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-PROGRAMS = ["asymmetric_attention", "bottleneck", "co_attention", "lst", "merged_attention", "token_replay"]
+SLOW = ("asymmetric_attention", "co_attention", "lst")
+PROGRAMS = ["bottleneck", "merged_attention", "token_replay"]
+PROGRAMS += [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
