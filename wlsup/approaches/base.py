@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import lightning
 from torch import Tensor
 
-from wlsup.approaches.checkpoint import check_checkpoint, pack_checkpoint
+from wlsup.approaches.checkpoint import StartingPoint, check_checkpoint, pack_checkpoint
 from wlsup.batch import CaptionBatch, ImageSpec, VisionOutput
 from wlsup.models.heads import ContrastiveHead
 from wlsup.models.vision import VisionEncoder
@@ -44,6 +44,7 @@ class Approach(lightning.LightningModule):
         super().__init__()
         self.optimizer_spec = optimizer
         self.regularizer = Regularizer(regularizer)
+        self.start = StartingPoint()
         self.strict_loading = False  # checkpoints hold trained tensors only; check_checkpoint sees that all are there
 
     @property
@@ -100,6 +101,7 @@ class Approach(lightning.LightningModule):
         self.plan.apply(self)
         parameters = {planned.name: planned.parameter for planned in self.plan.resolve(self) if planned.rule.trains}
         self.regularizer.begin(self.features, self.pretrained, parameters, self.image_spec.size)
+        self.start.note(self)
 
     def train(self, mode: bool = True) -> Approach:
         """Train mode for what trains only: frozen modules stay in eval mode through every epoch."""

@@ -25,6 +25,16 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "APPROACH [-c RECIPE.yaml..] [--json]",
     ),
     "knn": ("wlsup.cli.knn", "score a run, or any encoder, by k-NN", "RUN|WEIGHTS [--sets NAME,..] [--root DIR]"),
+    "wise-ft": (
+        "wlsup.cli.wise_ft",
+        "score the line from the pretrained to the fine-tuned encoder",
+        "RUN [--alphas A,..] [--json]",
+    ),
+    "export": (
+        "wlsup.cli.export",
+        "write an encoder that timm loads, or its adapter, with a model card",
+        "RUN [--alpha A] [--adapter-only] [-o DIR]",
+    ),
     "caption": (
         "wlsup.cli.caption",
         "caption pictures with what a run has trained",
@@ -69,6 +79,7 @@ Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the
   --trainer.precision P         32-true, bf16-mixed, 16-mixed
   --trainer.devices N           processes, one a GPU
   --knn.every_n_epochs N        also score along the way
+  --wise_ft.enabled true        when trained, score the line from the pretrained to the fine-tuned encoder, too
   --captioning.pictures N       of captioners: held-out pictures that are captioned and scored at the end (128)
   --print_config                print the whole resolved configuration
   --help-all                    every option there is (imports torch: some seconds)
@@ -109,7 +120,7 @@ def command_help(command: str) -> str:
         from wlsup.approaches import APPROACHES
 
         return (_FIT_HELP if command == "fit" else _PRETRAIN_HELP).format(approaches=" | ".join(APPROACHES))
-    if command in ("caption", "data", "knn", "upcycle"):
+    if command in ("caption", "data", "export", "knn", "upcycle", "wise-ft"):
         return importlib.import_module(COMMANDS[command][0]).HELP
     _, what, use = COMMANDS[command]
     return f"usage: wlsup {command} {use}\n\n{what[0].upper()}{what[1:]}."

@@ -32,6 +32,7 @@ from wlsup.callbacks.reconstructions import Reconstructions
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.routing import RoutingMonitor
 from wlsup.callbacks.run_folder import RunFolder
+from wlsup.callbacks.wise_ft import WiseFT
 from wlsup.cli.lacking import refuse_what_lacks
 from wlsup.cli.logs import log_to_file
 from wlsup.cli.recipes import approach_named_in
@@ -57,6 +58,7 @@ class WlsupCLI(LightningCLI):
         if self._model_class.name in APPROACHES:
             parser.add_lightning_class_args(KNN, "knn")
             parser.add_lightning_class_args(Captions, "captioning")
+            parser.add_lightning_class_args(WiseFT, "wise_ft")
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -235,7 +237,7 @@ def build_model(model_class: type, arguments: list[str], command: str) -> Approa
 
 
 def load_run(folder: Path) -> tuple[Approach, lightning.LightningDataModule]:
-    """Return a finished run's model, as trained, and its data module.
+    """Return a finished run's model, as trained, and its data module; the model remembers where training started.
 
     Raises:
         WlsupError: no configuration or checkpoint in ``folder``, or one that does not fit.
@@ -246,6 +248,7 @@ def load_run(folder: Path) -> tuple[Approach, lightning.LightningDataModule]:
     cli = configure(approach_class(approach_named_in(arguments)), CaptionDataModule, arguments, "knn", build=False)
     checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
     cli.model.on_load_checkpoint(checkpoint)
+    cli.model.start.remember(cli.model)
     cli.model.load_state_dict(checkpoint["state_dict"], strict=False)
     return cli.model.eval(), cli.datamodule
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wlsup.cli.export import ADAPTER_CONFIG, load_adapter
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
 from wlsup.errors import WlsupError
@@ -18,7 +19,8 @@ usage: wlsup knn RUN|WEIGHTS [options]
 
 Score an encoder by weighted k-NN, without training.
 
-  RUN|WEIGHTS                   a run's folder; or mini, a timm name, hf-hub:ID, a local weight file or folder
+  RUN|WEIGHTS                   a run's folder, or what `wlsup export` made of one; or mini, a timm name, hf-hub:ID, a
+                                local weight file or folder
   --sets NAME,..                eval sets: cifar10, cifar100, svhn, eurosat, dtd, imagenet, mini_shapes, ...;
                                 by default the run's own, or the four mini ones
   --root DIR                    the folder of the published sets (by default the run's; the environment's
@@ -76,14 +78,15 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
 
     folder = Path(options.target)
     names = None if options.sets is None else [name.strip() for name in options.sets.split(",")]
-    is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    is_run = is_adapter or ((folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir())
     data = CaptionDataModule(eval_sets=None if is_run else names, root=options.root)
     if not is_run:
         data.check_files()  # before an encoder is loaded for nothing
     if is_run:
         if options.random or options.pixels:
             raise WlsupError("--random and --pixels compare an encoder, not a run: give the encoder's weights.")
-        module, data = load_run(folder)
+        module, data = load_adapter(folder) if is_adapter else load_run(folder)
         spec = module.image_spec
         data.root = options.root or data.root
         if names is not None:  # a name means what it meant in the run, where the run had it
