@@ -19,6 +19,7 @@ __all__ = ["alpha_figure", "esd_figure", "short_names"]
 _COLOURS = {"before": "#0072B2", "after": "#D55E00", "random": "#8A8A8A"}
 _LABELS = {"before": "before (pretrained)", "after": "after (trained)", "random": "random, same shape"}
 _MARKERS = {"before": "o", "after": "s", "random": "x"}
+_FILLS = {"before": "none", "after": _COLOURS["after"], "random": "none"}  # what lies under another shows
 
 
 def alpha_figure(layers: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
@@ -43,7 +44,7 @@ def alpha_figure(layers: Sequence[Mapping[str, Any]], title: str = "") -> Figure
         metrics = [layer.get(column) for layer in layers]
         fitted = [i for i, m in enumerate(metrics) if m and m["power_law"]]
         none = [i for i, m in enumerate(metrics) if m and not m["power_law"]]
-        style = {"color": _COLOURS[column], "marker": _MARKERS[column]}
+        style = {"color": _COLOURS[column], "marker": _MARKERS[column], "mfc": _FILLS[column]}
         if fitted:
             alphas, errors = (np.array([metrics[i][key] for i in fitted]) for key in ("alpha", "sigma"))
             upper.errorbar(
@@ -62,7 +63,10 @@ def alpha_figure(layers: Sequence[Mapping[str, Any]], title: str = "") -> Figure
         fontsize=8,
         color="#00664B",
     )
-    upper.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.0), ncols=len(columns))
+    handles, labels = upper.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: list(_LABELS).index(labels[i].split(" ")[0].rstrip(",")))
+    named = [handles[i] for i in order], [labels[i] for i in order]
+    upper.legend(*named, fontsize=8, frameon=False, loc="upper left", ncols=len(columns))
     low, high = upper.get_ylim()
     upper.set_ylim(min(low, 1.5), max(high * 1.08, 6.5))
     lower.set_yticks(range(len(columns)), list(reversed(columns)), fontsize=8)
@@ -131,7 +135,9 @@ def _draw_esd(density: Axes, survival: Axes, column: str, values: np.ndarray, me
             f"tail {metrics['tail']}"
         )
     share = 1 - np.arange(count) / count
-    survival.plot(values, share, ls="", marker=_MARKERS[column], ms=3, mew=0.8, color=colour, label=said)
+    survival.plot(
+        values, share, ls="", marker=_MARKERS[column], ms=3.5, mew=0.8, color=colour, mfc=_FILLS[column], label=said
+    )
     if metrics["power_law"]:
         x = np.geomspace(metrics["xmin"], high, 50)
         tail, alpha, xmin = metrics["tail"] / count, metrics["alpha"], metrics["xmin"]
