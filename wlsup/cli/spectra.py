@@ -77,6 +77,11 @@ def run(arguments: list[str]) -> int:
     )
     folder = Path(options.target)
     is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+    if not is_run and any((folder / name).is_file() for name in ("config.yaml", "results.json")):
+        raise WlsupError(
+            f"{folder} is a run that keeps no weights: it lacks config.yaml or checkpoints/last.ckpt. Give a finished "
+            "run's folder, as `wlsup fit` named it."
+        )
     analysis = _of_run(folder, options, spec) if is_run else _of_weights(options, spec)
     report = spectra_report(analysis.views, analysis.columns, analysis.left_out, spec, options.fused)
     if analysis.along:

@@ -26,7 +26,7 @@ def write_spectra(
     figures: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write spectra.json, last, and before it spectra.png and .svg, and spectra/<layer>.png and .svg.
+    """Write spectra.json, last, and before it spectra.png and .svg, and spectra/<layer>.png.
 
     Pictures of an earlier analysis are taken away: they may be of layers that this one has not.
 
@@ -99,6 +99,6 @@ def _draw(
     names = [layer["name"] for layer in layers]
     for done, (name, short) in enumerate(zip(names, short_names(names), strict=True), start=1):
         found = {column: spectra[name] for column, spectra in columns.items() if name in spectra}
-        save_figure(esd_figure(short, found), _picture(folder, name))
+        save_figure(esd_figure(short, found), _picture(folder, name), endings=("png",))
         if progress:
             progress(done, len(names))

@@ -93,7 +93,8 @@ def esd_figure(name: str, spectra: Mapping[str, LayerSpectrum]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.2, 3.9), layout="constrained")
+    figure = Figure(figsize=(9.2, 3.9))  # laid out by hand: there are many of these, and the engine takes half the time
+    figure.subplots_adjust(left=0.08, right=0.985, bottom=0.14, top=0.9, wspace=0.22)
     density, survival = figure.subplots(1, 2)
     positive = {
         column: spectra[column].eigenvalues[spectra[column].eigenvalues > SMALLEST]
