@@ -39,7 +39,7 @@ def test_the_callback_writes_before_after_and_along(run, written):
     update = layers["mae.encoder.backbone.blocks.0.mlp.fc1.update"]
     assert update["before"] is None
     assert update["rank"] == 8
-    assert "8 of 96 eigenvalues" in update["after"]["why"]
+    assert "too few eigenvalues: 8 of 96" in update["after"]["why"]
     assert [(entry["step"], entry["epoch"]) for entry in written["along"]] == [(2, 1), (4, 2)]
     last = written["along"][-1]["layers"]["mae.encoder.backbone.blocks.0.mlp.fc1"]
     assert last["alpha"] == layer["after"]["alpha"]

@@ -90,15 +90,12 @@ def run(arguments: list[str]) -> int:
     if out is not None:
         from wlsup.callbacks.progress import progress
 
-        with progress("pictures of spectra") as show:
-            write_spectra(
-                out,
-                report,
-                analysis.columns,
-                title=f"{analysis.title}: alpha by depth",
-                figures=not options.no_figures,
-                progress=show,
-            )
+        title = f"{analysis.title}: alpha by depth"
+        if options.no_figures:
+            write_spectra(out, report, analysis.columns, figures=False)
+        else:
+            with progress("pictures of spectra") as show:
+                write_spectra(out, report, analysis.columns, title=title, progress=show)
     if options.json:
         print(json.dumps(report, indent=2, allow_nan=False))
         return 0

@@ -283,7 +283,7 @@ def _metrics(why: str | None, eigenvalues: int = 0, **values: Any) -> dict[str, 
 
 
 def _too_few(above: int, count: int, spec: SpectraSpec) -> str:
-    return f"{above} of {count} eigenvalues are above {SMALLEST:g}, fewer than {spec.min_evals}"
+    return f"too few eigenvalues: {above} of {count} are above {SMALLEST:g}, fewer than {spec.min_evals}"
 
 
 def _number(row: Mapping[str, Any], key: str, least: float | None = None) -> float | None:

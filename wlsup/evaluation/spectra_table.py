@@ -30,10 +30,10 @@ def print_spectra(report: Mapping[str, Any], title: str) -> None:
     headers = ["layer", "shape"]
     headers += ["alpha before", "alpha after"] if compares else ["alpha"]
     headers += ["alpha random"] if random else []
-    headers += ["D", "tail", "weighted", "log norm", "rand. distance", *(["spikes"] if spikes else []), "no power law:"]
+    headers += ["D", "tail", "weighted", "log norm", "rand. distance", *(["spikes"] if spikes else []), "no power law"]
     for header in headers:
-        left = header in ("layer", "no power law:")
-        table.add_column(header, justify="left" if left else "right", no_wrap=not header.startswith("no "))
+        left = header in ("layer", "no power law")
+        table.add_column(header, justify="left" if left else "right", no_wrap=True)
     for layer, name in zip(layers, short_names([layer["name"] for layer in layers]), strict=True):
         after = layer["after"]
         cells = [escape(name), f"{layer['shape'][0]}x{layer['shape'][1]}"]
@@ -42,7 +42,7 @@ def print_spectra(report: Mapping[str, Any], title: str) -> None:
         cells += [_figure(after["D"], 3), _figure(after["tail"], 0), _figure(after["alpha_weighted"], 2)]
         cells += [_figure(after["log_norm"], 2), _figure(after["rand_distance"], 3)]
         cells += [_figure(after["num_spikes"], 0)] if spikes else []
-        table.add_row(*cells, after["why"] or "", style="" if after["power_law"] else "dim")
+        table.add_row(*cells, (after["why"] or "").split(":")[0], style="" if after["power_law"] else "dim")
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table)
     for line in summary_lines(report):
