@@ -40,6 +40,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "caption pictures with what a run has trained",
         "RUN IMAGE.. [--method NAME] [--json]",
     ),
+    "spectra": (
+        "wlsup.cli.spectra",
+        "WeightWatcher's figures of a run's weights, or any's",
+        "RUN|WEIGHTS [--layers GLOB] [--json]",
+    ),
     "upcycle": (
         "wlsup.cli.upcycle",
         "turn a dense model's MLPs into mixtures of experts",
@@ -80,6 +85,7 @@ Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the
   --trainer.devices N           processes, one a GPU
   --knn.every_n_epochs N        also score along the way
   --wise_ft.enabled true        when trained, score the line from the pretrained to the fine-tuned encoder, too
+  --spectra.enabled true        WeightWatcher's figures before and after (docs/spectra.md); --spectra.every_n_epochs N
   --captioning.pictures N       of captioners: held-out pictures that are captioned and scored at the end (128)
   --print_config                print the whole resolved configuration
   --help-all                    every option there is (imports torch: some seconds)
@@ -120,7 +126,7 @@ def command_help(command: str) -> str:
         from wlsup.approaches import APPROACHES
 
         return (_FIT_HELP if command == "fit" else _PRETRAIN_HELP).format(approaches=" | ".join(APPROACHES))
-    if command in ("caption", "data", "export", "knn", "upcycle", "wise-ft"):
+    if command in ("caption", "data", "export", "knn", "spectra", "upcycle", "wise-ft"):
         return importlib.import_module(COMMANDS[command][0]).HELP
     _, what, use = COMMANDS[command]
     return f"usage: wlsup {command} {use}\n\n{what[0].upper()}{what[1:]}."

@@ -33,6 +33,7 @@ from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.routing import RoutingMonitor
 from wlsup.callbacks.run_folder import RunFolder
 from wlsup.callbacks.wise_ft import WiseFT
+from wlsup.callbacks.spectra import Spectra
 from wlsup.cli.lacking import refuse_what_lacks
 from wlsup.cli.logs import log_to_file
 from wlsup.cli.recipes import approach_named_in
@@ -59,6 +60,7 @@ class WlsupCLI(LightningCLI):
             parser.add_lightning_class_args(KNN, "knn")
             parser.add_lightning_class_args(Captions, "captioning")
             parser.add_lightning_class_args(WiseFT, "wise_ft")
+            parser.add_lightning_class_args(Spectra, "spectra")
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

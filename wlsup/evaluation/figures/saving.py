@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["save_figure"]
 
 
-def save_figure(figure: Figure, path: Path) -> list[Path]:
-    """Write ``path`` with the endings .png (200 dots an inch) and .svg (text as text).
+def save_figure(figure: Figure, path: Path, endings: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Write ``path`` with the endings .png (200 dots an inch) and .svg (text as text), or one of them.
 
     Raises:
         WlsupError: the folder cannot be written.
@@ -26,7 +27,8 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     written = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for ending, dated in (("png", {}), ("svg", {"Date": None})):
+        for ending in endings:
+            dated = {"Date": None} if ending == "svg" else {}
             place = path.with_name(f"{path.name}.{ending}")
             handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{place.name}.")
             os.close(handle)
