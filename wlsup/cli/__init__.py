@@ -25,6 +25,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "APPROACH [-c RECIPE.yaml..] [--json]",
     ),
     "knn": ("wlsup.cli.knn", "score a run, or any encoder, by k-NN", "RUN|WEIGHTS [--sets NAME,..] [--root DIR]"),
+    "evaluate": (
+        "wlsup.cli.evaluate",
+        "compare a run with its pretrained encoder by more than k-NN",
+        "RUN|WEIGHTS [--metrics NAME,..] [--json]",
+    ),
     "caption": (
         "wlsup.cli.caption",
         "caption pictures with what a run has trained",
@@ -69,6 +74,8 @@ Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the
   --trainer.precision P         32-true, bf16-mixed, 16-mixed
   --trainer.devices N           processes, one a GPU
   --knn.every_n_epochs N        also score along the way
+  --evaluation.metrics LIST     more than k-NN at the end: probe, few_shot, calibration, drift, classes, zero_shot,
+                                retrieval ([drift, classes])
   --captioning.pictures N       of captioners: held-out pictures that are captioned and scored at the end (128)
   --print_config                print the whole resolved configuration
   --help-all                    every option there is (imports torch: some seconds)
@@ -109,7 +116,7 @@ def command_help(command: str) -> str:
         from wlsup.approaches import APPROACHES
 
         return (_FIT_HELP if command == "fit" else _PRETRAIN_HELP).format(approaches=" | ".join(APPROACHES))
-    if command in ("caption", "data", "knn", "upcycle"):
+    if command in ("caption", "data", "evaluate", "knn", "upcycle"):
         return importlib.import_module(COMMANDS[command][0]).HELP
     _, what, use = COMMANDS[command]
     return f"usage: wlsup {command} {use}\n\n{what[0].upper()}{what[1:]}."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wlsup.errors import WlsupError
-from wlsup.evaluation.statistics import Interval, wilson
+from wlsup.evaluation.statistics import wilson
 
 __all__ = ["PROTOCOL", "calibration", "calibration_change", "reliability"]
 
@@ -35,7 +35,7 @@ def calibration(
     same); Nixon et al. 2019, "Measuring Calibration in Deep Learning", for "adaptive" (bins of equal mass) and
     "classwise" (every class's probability, mean over classes); Brier 1950.
 
-    Calibration errors are sums of absolute values, so that noise makes them larger, and a resample's larger again. Their
+    Calibration errors are sums of absolute values, so that noise makes them larger, a resample's once more. Their
     intervals are the basic bootstrap's (Davison and Hinkley 1997, equation 5.6), which takes that excess off, cut at
     0; they may lie below the value itself, which is then mostly noise.
 
@@ -52,12 +52,8 @@ def calibration(
     Raises:
         WlsupError: if these are no probabilities of as many queries as labels.
     """
-    terms = _terms(*_checked(probabilities, labels))
-    found = {}
-    for name, (columns, absolute) in terms.items():
-        value, drawn = _resampled(columns, absolute, resamples, seed)
-        found[name] = _entry(value, drawn, confidence, least=0.0)
-    return found
+    scores = _resampled(_terms(*_checked(probabilities, labels)), resamples, seed)
+    return {name: _entry(value, drawn, confidence, least=0.0) for name, (value, drawn) in scores.items()}
 
 
 def calibration_change(
@@ -76,12 +72,11 @@ def calibration_change(
     Returns:
         {name: {"value": after minus before, "ci95"}}.
     """
-    first, second = (_terms(*_checked(part, labels)) for part in (before, after))
-    found = {}
-    for name in first:
-        sides = [_resampled(*terms[name], resamples, seed) for terms in (first, second)]
-        found[name] = _entry(sides[1][0] - sides[0][0], sides[1][1] - sides[0][1], confidence, least=None)
-    return found
+    first, second = (_resampled(_terms(*_checked(part, labels)), resamples, seed) for part in (before, after))
+    return {
+        name: _entry(second[name][0] - first[name][0], second[name][1] - first[name][1], confidence, least=None)
+        for name in first
+    }
 
 
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = _BINS) -> list[dict[str, Any]]:
@@ -144,33 +139,38 @@ def _mass_bins(values: np.ndarray, bins: int) -> np.ndarray:
     return np.searchsorted(edges, values, side="right")  # equal values share a bin
 
 
-def _resampled(columns: np.ndarray, absolute: bool, resamples: int, seed: int) -> tuple[float, np.ndarray]:
-    """Return the score and its bootstrap resamples (R,); the same seed draws the same queries."""
-    m = len(columns)
-    generator = np.random.default_rng(seed)
-    table = torch.from_numpy(columns)
-    resamples = int(min(resamples, max(100, _WORK // columns.size)))
-    sums = []
-    for start in range(0, resamples, step := max(1, 2**23 // m)):
-        weights = generator.multinomial(m, np.full(m, 1 / m), size=min(step, resamples - start))
-        sums.append(torch.from_numpy(weights).to(table.dtype) @ table / m)
-    drawn, value = torch.cat(sums), table.double().mean(0)
-    if absolute:
-        drawn, value = drawn.abs(), value.abs()
-    return float(value.sum()), drawn.double().sum(1).numpy()
+def _resampled(terms: _Terms, resamples: int, seed: int) -> dict[str, tuple[float, np.ndarray]]:
+    """Return each score and its bootstrap resamples (R,); the same seed draws the same queries."""
+    tables = {name: torch.from_numpy(columns) for name, (columns, _) in terms.items()}
+    m = len(next(iter(tables.values())))
+    asked = {name: int(min(resamples, max(100, _WORK // table.numel()))) for name, table in tables.items()}
+    generator, sums = np.random.default_rng(seed), {name: [] for name in tables}
+    for start in range(0, resamples, step := max(1, 2**22 // m)):
+        count = min(step, resamples - start)
+        drawn = generator.integers(m, size=(count, m)) + m * np.arange(count)[:, None]
+        weights = torch.from_numpy(np.bincount(drawn.ravel(), minlength=count * m).reshape(count, m))
+        for name, table in tables.items():
+            if start < asked[name]:
+                sums[name].append(weights.to(table.dtype) @ table / m)
+    found = {}
+    for name, table in tables.items():
+        scores, value = torch.cat(sums[name]), table.double().mean(0)
+        if terms[name][1]:
+            scores, value = scores.abs(), value.abs()
+        found[name] = (float(value.sum()), scores.double().sum(1).numpy())
+    return found
 
 
 def _entry(value: float, drawn: np.ndarray, confidence: float, least: float | None) -> dict[str, Any]:
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    interval = Interval(value, 2 * value - float(high), 2 * value - float(low))
-    limits = [interval.low, interval.high] if least is None else [max(least, limit) for limit in interval[1:]]
-    return {"value": value, "ci95": limits}
+    limits = [2 * value - float(high), 2 * value - float(low)]
+    return {"value": value, "ci95": limits if least is None else [max(least, limit) for limit in limits]}
 
 
 def _checked(probabilities: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     p, y = probabilities.detach().double().cpu().numpy(), labels.cpu().numpy()
     if p.ndim != 2 or y.shape != (len(p),) or not len(p) or not np.allclose(p.sum(1), 1, atol=1e-4) or p.min() < -1e-6:
-        raise WlsupError(f"Calibration needs probabilities (queries, classes) that sum to 1 and a label each: {p.shape}.")
+        raise WlsupError(f"Calibration needs probabilities (queries, classes), rows sum to 1, and labels: {p.shape}.")
     if y.min() < 0 or y.max() >= p.shape[1]:
         raise WlsupError(f"A label is outside 0..{p.shape[1] - 1}.")
     return p, y

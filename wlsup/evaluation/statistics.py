@@ -241,9 +241,9 @@ def exact_sign_test(gained: int, lost: int) -> float:
         gained: pictures only right after.
         lost: pictures only right before.
     """
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5))) if gained + lost else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
