@@ -1,4 +1,4 @@
-"""More than k-NN of a run: the pretrained encoder is judged before step 1 and the fine-tuned one after, and compared."""
+"""More than k-NN of a run: the pretrained encoder is judged before step 1, the fine-tuned one after; both compared."""
 
 from __future__ import annotations
 
