@@ -78,7 +78,7 @@ def test_plain_text_says_everything_in_percent_with_one_decimal():
     ] in lines
     assert ["mean", "in", "71.2", "+-2.8", "68.1", "+-2.9", "-3.1", "[-4.3,", "-1.9]", "loss"] in lines
     # of three sets, by MOVER: sqrt(2.0^2 + 3.0^2 + 1.0^2) / 3 = 1.2 points around the mean change of 1.99
-    assert ["mean", "out", "57.1", "+-1.6", "59.1", "+-1.6", "+2.0", "[+0.7,", "+3.2]", "gain"] in lines
+    assert ["mean", "out", "57.1", "+-1.7", "59.1", "+-1.6", "+2.0", "[+0.7,", "+3.2]", "gain"] in lines
 
 
 def test_in_domain_sets_come_first_then_out_of_domain_then_the_means():
@@ -132,7 +132,7 @@ def test_markdown_is_a_table_with_gains_and_losses_bold():
     assert {line.count("|") for line in rows} == {9}
     assert "| mini_digits | out | 20 | 81.2 +-2.4 | 85.7 +-2.2 | **+4.5** | [+2.5, +6.5] | **gain** |" in rows
     assert "| mini_textures | out | 20 | 40.0 +-3.0 | 41.5 +-3.0 | +1.5 | [-1.5, +4.5] | unsure |" in rows
-    assert "| mean | out |  | 57.1 +-1.6 | 59.1 +-1.6 | **+2.0** | [+0.7, +3.2] | **gain** |" in rows
+    assert "| mean | out |  | 57.1 +-1.7 | 59.1 +-1.6 | **+2.0** | [+0.7, +3.2] | **gain** |" in rows
     assert lines[1] == ""  # a Markdown table needs a blank line above it
 
 

@@ -71,9 +71,8 @@ def _show(target: str, entries: dict[str, Any], console: Any) -> None:
         table.add_row(name, entry["domain"], str(entry["train"]), str(entry["test"]), *scores)
     # In its own width, where rich would cut numbers short in a narrow terminal.
     console.print(table, soft_wrap=True, width=max(console.width, console.measure(table).maximum))
-    print(
-        f"In brackets Wilson's 95 % interval over the queries. Protocol: {protocol_id(20).replace('k=20', 'k as given')}"
-    )
+    protocol = protocol_id().replace(" k=20", "")
+    print(f"In brackets Wilson's 95 % interval over the queries. Protocol: {protocol}, k as in the columns.")
 
 
 def _score_of(entry: dict[str, Any], k: str) -> str:

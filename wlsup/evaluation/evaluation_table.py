@@ -20,7 +20,8 @@ _CALIBRATION = {
 }
 _INTERVALS = (
     "In brackets 95 % intervals: Wilson's for accuracies, paired bootstrap over test pictures for changes; of few\n"
-    "shots Student's over draws; of CKA the jackknife's. All are for this seed. Better or worse: the change's\n"
+    "shots over draws and test pictures; of CKA the jackknife's; of calibration errors the basic bootstrap's, which\n"
+    "takes off what noise adds and may lie below the figure. All are for this seed. Better or worse: the change's\n"
     "interval excludes 0."
 )
 _Cells = tuple[str, ...]

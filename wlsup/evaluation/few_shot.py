@@ -25,13 +25,21 @@ CLASSIFIERS = ("centroid", "logistic")
 
 @dataclass
 class FewShotResult:
-    """Accuracy by classifier and shots, draw by draw.
+    """Who was right, by classifier and shots, draw by draw.
 
     Args:
-        draws: {classifier: {k: R accuracies in [0, 1]}}; draw r used the same pictures for every encoder.
+        correct: {classifier: {k: (R, m) bool}}; draw r used the same bank pictures for every encoder.
     """
 
-    draws: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    correct: dict[str, dict[int, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def accuracies(self) -> dict[str, dict[int, list[float]]]:
+        """{classifier: {k: R accuracies in [0, 1]}}."""
+        return {
+            name: {k: right.double().mean(1).tolist() for k, right in by_shots.items()}
+            for name, by_shots in self.correct.items()
+        }
 
 
 def few_shot(
@@ -79,7 +87,7 @@ def few_shot(
     fitting = [k for k in shots if k <= least]
     if not fitting:
         raise WlsupError(f"No class may have fewer bank pictures than shots: {list(shots)}, and one has {least}.")
-    result = FewShotResult({name: {k: [] for k in fitting} for name in classifiers})
+    found: dict[str, dict[int, list[Tensor]]] = {name: {k: [] for k in fitting} for name in classifiers}
     for draw in range(draws):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
         orders = [members[label][torch.randperm(len(members[label]), generator=generator)] for label in present]
@@ -87,10 +95,12 @@ def few_shot(
             rows = torch.cat([order[:k] for order in orders])
             for name in classifiers:
                 predicted = _CLASSIFY[name](bank.features[rows], bank.labels[rows], queries.features, num_classes)
-                result.draws[name][k].append(float((predicted == queries.labels).double().mean()))
+                found[name][k].append(predicted == queries.labels)
         if progress is not None:
             progress(draw + 1, draws)
-    return result
+    return FewShotResult(
+        {name: {k: torch.stack(right) for k, right in by_shots.items()} for name, by_shots in found.items()}
+    )
 
 
 def _centroid(shots: Tensor, labels: Tensor, queries: Tensor, num_classes: int) -> Tensor:

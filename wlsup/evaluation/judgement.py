@@ -16,7 +16,7 @@ from wlsup.errors import WlsupError, choose
 from wlsup.evaluation import calibration, classes, drift, few_shot, probe, retrieval, zero_shot
 from wlsup.evaluation.features import Features
 from wlsup.evaluation.knn import KNNResult, knn_probabilities, protocol_id
-from wlsup.evaluation.statistics import Interval, mean_and_interval, paired_bootstrap, wilson
+from wlsup.evaluation.statistics import Interval, crossed_interval, paired_bootstrap, wilson
 
 __all__ = ["METRICS", "Judgement", "MetricSpec", "compare", "judge", "protocols"]
 
@@ -79,7 +79,7 @@ class Judgement:
         probe_correct: (m,) bool.
         probabilities: (m, C) of the probe.
         strength: C of the probe.
-        shots: {classifier: {k: accuracies}}.
+        shots: {classifier: {k: (R, m) bool}}, draw by draw; of few_shot.
         sample: (s, D) fp16 features of bank pictures, the same ones for every encoder; of drift.
     """
 
@@ -92,7 +92,7 @@ class Judgement:
     probe_correct: Tensor | None = None
     probabilities: Tensor | None = None
     strength: float | None = None
-    shots: dict[str, dict[int, list[float]]] | None = None
+    shots: dict[str, dict[int, Tensor]] | None = None
     sample: Tensor | None = None
 
     def state(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def judge(
             shots=spec.shots,
             draws=spec.draws,
             progress=lambda done, _: show(steps[0] + done, sum(steps)),
-        ).draws
+        ).correct
     if "calibration" in spec:
         found.votes = knn_probabilities(bank, queries, num_classes=num_classes, k=knn.k, temperature=knn.temperature)
     if "drift" in spec:
@@ -212,17 +212,17 @@ def _change(interval: Interval) -> dict[str, Any]:
 
 
 def _shots(before: Any, after: Any) -> dict[str, Any]:
-    """Return intervals over draws, of which each used the same pictures for both encoders."""
+    """Return intervals over draws and test pictures; each draw used the same bank pictures for both encoders."""
     found: dict[str, Any] = {}
     for name, by_shots in before.items():
-        for k, values in by_shots.items():
-            first = mean_and_interval(values)
-            one: dict[str, Any] = {"draws": len(values)}
+        for k, right in by_shots.items():
+            first = crossed_interval(right.double())
+            one: dict[str, Any] = {"draws": len(right)}
             one |= {"pretrained": first.estimate, "pretrained_ci95": list(first[1:])}
             if after is not None:
-                second = mean_and_interval(after[name][k])
+                second = crossed_interval(after[name][k].double())
                 one |= {"finetuned": second.estimate, "finetuned_ci95": list(second[1:])}
-                one |= _change(mean_and_interval([b - a for a, b in zip(values, after[name][k], strict=True)]))
+                one |= _change(crossed_interval(after[name][k].double() - right.double()))
             found.setdefault(name, {})[str(k)] = one
     return found
 

@@ -198,7 +198,7 @@ def crossed_interval(changes: Tensor | np.ndarray, *, confidence: float = 0.95) 
     """Return the mean change of several seeds on the same pictures, for other seeds *and* other pictures.
 
     A mean over seeds with Student's interval is about these test pictures; a bootstrap over pictures is about these
-    seeds. Seeds and pictures are crossed, and the variances of both add up.
+    seeds. Seeds and pictures are crossed, and the variances of both add up. Draws of few shots take seeds' place.
 
     Source: Hillis 2007, "A comparison of denominator degrees of freedom methods for multiple observer ROC studies":
     the two-way random-effects analysis, seeds in the readers' place, pictures in the cases', with his degrees of
