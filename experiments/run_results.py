@@ -114,7 +114,7 @@ def _captioning(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not all(found):
         return None
     names = [name for name in found[0]["scores"] if all(name in one["scores"] for one in found)]
-    scores = {name: interval([one["scores"][name]["value"] for one in found]) for name in names}
+    scores = {name: over_seeds([one["scores"][name]["value"] for one in found]) for name in names}
     return {"pictures": found[0]["pictures"], "generation": found[0]["generation"], "scores": scores}
 
 
