@@ -20,10 +20,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from wlsup.approaches import APPROACHES
 from wlsup.errors import WlsupError, choose
+from wlsup.evaluation.statistics import over_seeds
 from wlsup.files import write_json, write_text
 
 HERE = Path(__file__).parent
@@ -58,15 +57,6 @@ def run(approach: str, seed: int, folder: Path, preset: str, options: list[str])
     return f"exit code {code}: {lines[-1] if lines else 'no output'}"
 
 
-def interval(values: list[float]) -> dict[str, Any]:
-    """Return mean, 95 % interval over seeds (Student's t; none for a single seed) and the values."""
-    mean, half = statistics.fmean(values), None
-    if len(values) > 1:
-        spread = statistics.stdev(values) / len(values) ** 0.5
-        half = float(student.ppf(0.975, len(values) - 1)) * spread
-    return {"mean": mean, "ci95": None if half is None else [mean - half, mean + half], "values": values}
-
-
 def summarise(approach: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one approach's row out of its runs' results."""
     knn = {}
@@ -74,13 +64,13 @@ def summarise(approach: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         knn[name] = {
             "domain": entry["domain"],
             "pretrained": entry["pretrained"],
-            "finetuned": interval([result["knn"][name]["finetuned"] for result in results]),
-            "delta": interval([result["knn"][name]["delta"] for result in results]),
+            "finetuned": over_seeds([result["knn"][name]["finetuned"] for result in results]),
+            "delta": over_seeds([result["knn"][name]["delta"] for result in results]),
         }
     row: dict[str, Any] = {"approach": approach, "seeds": [result["seed"] for result in results], "knn": knn}
     for name in ("in_domain_delta", "out_of_domain_delta"):
         values = [result["summary"][name] for result in results if result["summary"][name] is not None]
-        row[name] = interval(values) if len(values) == len(results) else None
+        row[name] = over_seeds(values) if len(values) == len(results) else None
     memory = [result.get("peak_memory_mib", {}) for result in results]
     row |= {
         "parameters": results[0]["parameters"],
@@ -103,7 +93,7 @@ def _retrieval(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not all(found):
         return None
     values = [one["image_to_text"]["1"] for one in found]
-    return {"pairs": found[0]["pairs"], "chance": found[0]["chance"]["1"], "image_to_text": interval(values)}
+    return {"pairs": found[0]["pairs"], "chance": found[0]["chance"]["1"], "image_to_text": over_seeds(values)}
 
 
 def _task(results: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -114,7 +104,7 @@ def _task(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     rows = []
     for row in tasks[0]["rows"]:
         values = [one["value"] for task in tasks for one in task["rows"] if one["what"] == row["what"]]
-        rows.append({"what": row["what"], "unit": row["unit"], "chance": row["chance"], "value": interval(values)})
+        rows.append({"what": row["what"], "unit": row["unit"], "chance": row["chance"], "value": over_seeds(values)})
     return {"title": tasks[0]["title"], "rows": rows}
 
 
@@ -124,7 +114,7 @@ def _captioning(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not all(found):
         return None
     names = [name for name in found[0]["scores"] if all(name in one["scores"] for one in found)]
-    scores = {name: interval([one["scores"][name]["value"] for one in found]) for name in names}
+    scores = {name: over_seeds([one["scores"][name]["value"] for one in found]) for name in names}
     return {"pictures": found[0]["pictures"], "generation": found[0]["generation"], "scores": scores}
 
 

@@ -92,7 +92,7 @@ class Approach(lightning.LightningModule):
 
         Returns:
             Nothing, or {"title": str, "rows": [{"what": str, "value": float, "unit": "%" | "nats" | "", "chance": float
-            or None}], "note": str}, which results.json holds under "task" and the terminal shows.
+            or None, "n": of how many a share is, or "ci95"}], "note": str}: "task" of results.json and the terminal.
         """
         return {}
 

@@ -207,7 +207,13 @@ class CrossModalReprogramming(Approach):
                 right["the same program, a random network"] = self._right(self._random_network(source), captions)
                 note = f"This program against the random network's: {paired_points(*right.values())}. "
         rows = [
-            {"what": what, "value": 100 * float(answers.float().mean()), "unit": "%", "chance": chance}
+            {
+                "what": what,
+                "value": 100 * float(answers.float().mean()),
+                "unit": "%",
+                "chance": chance,
+                "n": len(answers),
+            }
             for what, answers in right.items()
         ]
         return {

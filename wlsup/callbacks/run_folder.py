@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from wlsup.callbacks.captions import Captions
 from wlsup.callbacks.guards import Guards
-from wlsup.callbacks.knn import KNN, domain_means
+from wlsup.callbacks.knn import KNN, domain_intervals, domain_means
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.routing import routing_layout
 from wlsup.evaluation.caption_table import caption_markdown, print_caption_table
@@ -194,7 +194,7 @@ class RunFolder(Callback):
             "task": self.task,
             "captioning": captions.results if captions else {},
             "retrieval": retrieval.results if retrieval else {},
-            "summary": domain_means(entries),
+            "summary": domain_means(entries) | domain_intervals(entries),
             "guards": guards.results if guards else {},
             "protocol": PROTOCOL,
         }
@@ -228,7 +228,8 @@ def _layout(knn: KNN | None, module: torch.nn.Module) -> dict[str, dict[str, lis
         title: [f"knn/{s.name}" for s in sets if s.domain == domain]
         for title, domain in (("in domain", "in"), ("out of domain", "out"))
     }
-    deltas = {title: [tag.replace("knn/", "knn_delta/") for tag in tags] for title, tags in by_domain.items() if tags}
+    # A band needs three tags in this order: the value, its lower and its upper limit.
+    bands = {s.name: ["Margin", [f"knn_delta{part}/{s.name}" for part in ("", "_low", "_high")]] for s in sets}
     layout = {
         "losses": {
             "total": ["Multiline", ["train/loss", "val/loss"]],
@@ -242,7 +243,7 @@ def _layout(knn: KNN | None, module: torch.nn.Module) -> dict[str, dict[str, lis
     }
     if sets:
         layout["k-NN accuracy"] = {title: ["Multiline", tags] for title, tags in by_domain.items() if tags}
-        layout["k-NN difference to pretrained"] = {title: ["Multiline", tags] for title, tags in deltas.items()}
+        layout["k-NN difference to pretrained, 95 % band"] = bands
     if routing := routing_layout(module):
         layout["routing"] = routing
     return layout

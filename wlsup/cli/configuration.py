@@ -24,6 +24,7 @@ from wlsup.approaches import APPROACHES, approach_class
 from wlsup.approaches.base import Approach
 from wlsup.callbacks.captions import Captions
 from wlsup.callbacks.ema import EMA
+from wlsup.callbacks.evaluation import Evaluation
 from wlsup.callbacks.guards import Guards
 from wlsup.callbacks.keyed_randomness import KeyedRandomness
 from wlsup.callbacks.knn import KNN
@@ -39,7 +40,7 @@ from wlsup.cli.logs import log_to_file
 from wlsup.cli.recipes import approach_named_in
 from wlsup.errors import WlsupError
 
-__all__ = ["WlsupCLI", "build_model", "configure", "load_run", "read_checkpoint", "train"]
+__all__ = ["WlsupCLI", "build_model", "configure", "load_run", "read_checkpoint", "train", "untrained_run"]
 
 _RUN_DIR = "WLSUP_RUN_DIR"  # how the processes of one run agree on its folder
 
@@ -58,6 +59,7 @@ class WlsupCLI(LightningCLI):
         parser.add_lightning_class_args(Guards, "guards")
         if self._model_class.name in APPROACHES:
             parser.add_lightning_class_args(KNN, "knn")
+            parser.add_lightning_class_args(Evaluation, "evaluation")
             parser.add_lightning_class_args(Captions, "captioning")
             parser.add_lightning_class_args(WiseFT, "wise_ft")
             parser.add_lightning_class_args(Spectra, "spectra")
@@ -244,15 +246,24 @@ def load_run(folder: Path) -> tuple[Approach, lightning.LightningDataModule]:
     Raises:
         WlsupError: no configuration or checkpoint in ``folder``, or one that does not fit.
     """
-    from wlsup.data.datamodule import CaptionDataModule
-
-    arguments = ["-c", str(folder / "config.yaml")]
-    cli = configure(approach_class(approach_named_in(arguments)), CaptionDataModule, arguments, "knn", build=False)
+    cli = _run_before_training(folder)
     checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
     cli.model.on_load_checkpoint(checkpoint)
     cli.model.start.remember(cli.model)
     cli.model.load_state_dict(checkpoint["state_dict"], strict=False)
     return cli.model.eval(), cli.datamodule
+
+
+def untrained_run(folder: Path) -> Approach:
+    """Return a run's model as it was before step 1: what its k-NN calls pretrained."""
+    return _run_before_training(folder).model.eval()
+
+
+def _run_before_training(folder: Path) -> WlsupCLI:
+    from wlsup.data.datamodule import CaptionDataModule
+
+    arguments = ["-c", str(folder / "config.yaml")]
+    return configure(approach_class(approach_named_in(arguments)), CaptionDataModule, arguments, "knn", build=False)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ Score an encoder by weighted k-NN, without training.
 
 
 def run(arguments: list[str]) -> int:
-    """Print accuracy by set and k."""
+    """Print accuracy by set and k, each with Wilson's interval over the queries."""
     parser = CommandParser("knn")
     parser.add_argument("target")
     parser.add_argument("--sets")
@@ -54,17 +54,34 @@ def run(arguments: list[str]) -> int:
         print(json.dumps({"target": options.target, "protocol": PROTOCOL, "knn": entries}, indent=2))
         return 0
     from rich.console import Console
+
+    _show(options.target, entries, Console())
+    return 0
+
+
+def _show(target: str, entries: dict[str, Any], console: Any) -> None:
     from rich.table import Table
 
+    from wlsup.evaluation.knn import protocol_id
+
     ks = sorted({k for entry in entries.values() for k in entry["accuracy"]}, key=int)
-    table = Table(title=f"k-NN accuracy of {options.target}, %", title_justify="left")
+    table = Table(title=f"k-NN accuracy of {target}, %", title_justify="left")
     for column in ("set", "domain", "bank", "queries", *(f"k={k}" for k in ks)):
-        table.add_column(column, justify="left" if column in ("set", "domain") else "right")
+        table.add_column(column, justify="left" if column in ("set", "domain") else "right", no_wrap=True)
     for name, entry in entries.items():
-        scores = [f"{100 * entry['accuracy'][k]:.1f}" if k in entry["accuracy"] else "-" for k in ks]
+        scores = [_score_of(entry, k) for k in ks]
         table.add_row(name, entry["domain"], str(entry["train"]), str(entry["test"]), *scores)
-    Console().print(table)
-    return 0
+    # In its own width, where rich would cut numbers short in a narrow terminal.
+    console.print(table, soft_wrap=True, width=max(console.width, console.measure(table).maximum))
+    protocol = protocol_id().replace(" k=20", "")
+    print(f"In brackets Wilson's 95 % interval over the queries. Protocol: {protocol}, k as in the columns.")
+
+
+def _score_of(entry: dict[str, Any], k: str) -> str:
+    if k not in entry["accuracy"]:
+        return "-"
+    low, high = entry["ci95"][k]
+    return f"{100 * entry['accuracy'][k]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _score(options: argparse.Namespace) -> dict[str, Any]:
@@ -74,6 +91,7 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
     from wlsup.cli.configuration import load_run
     from wlsup.data.datamodule import CaptionDataModule
     from wlsup.data.evalsets import check_eval_sets, locate_eval_set
+    from wlsup.evaluation.statistics import wilson
     from wlsup.models.vision import VisionSpec, build_vision
 
     folder = Path(options.target)
@@ -111,6 +129,10 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
             "train": result.train,
             "test": result.test,
             "accuracy": {str(k): accuracy for k, accuracy in result.accuracy.items()},
+            "ci95": {
+                str(k): list(wilson(round(accuracy * result.test), result.test)[1:])
+                for k, accuracy in result.accuracy.items()
+            },
         }
     return entries
 
