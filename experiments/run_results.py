@@ -22,7 +22,8 @@ from typing import Any
 
 from wlsup.approaches import APPROACHES
 from wlsup.errors import WlsupError, choose
-from wlsup.evaluation.statistics import over_seeds
+from wlsup.evaluation.knn import PROTOCOL
+from wlsup.evaluation.statistics import Interval, mean_of_intervals, over_seeds, wilson
 from wlsup.files import write_json, write_text
 
 HERE = Path(__file__).parent
@@ -64,6 +65,7 @@ def summarise(approach: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         knn[name] = {
             "domain": entry["domain"],
             "pretrained": entry["pretrained"],
+            "test": entry.get("test"),
             "finetuned": over_seeds([result["knn"][name]["finetuned"] for result in results]),
             "delta": over_seeds([result["knn"][name]["delta"] for result in results]),
         }
@@ -71,6 +73,12 @@ def summarise(approach: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     for name in ("in_domain_delta", "out_of_domain_delta"):
         values = [result["summary"][name] for result in results if result["summary"][name] is not None]
         row[name] = over_seeds(values) if len(values) == len(results) else None
+        if row[name] and len(values) == 1:  # nothing over seeds: then over test pictures, and said so
+            domain = "in" if name == "in_domain_delta" else "out"
+            mine = [one for one in results[0]["knn"].values() if one["domain"] == domain]
+            if all("ci95" in one for one in mine):
+                sets = [Interval(one["delta"], *one["ci95"]) for one in mine]
+                row[name]["pictures_ci95"] = list(mean_of_intervals(sets)[1:])
     memory = [result.get("peak_memory_mib", {}) for result in results]
     row |= {
         "parameters": results[0]["parameters"],
@@ -126,7 +134,9 @@ def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) 
         "Change of k-NN accuracy against the pretrained encoder, in points: mean over seeds, and its 95 % interval",
         "over seeds (Student's t). In domain and out of domain are means over their sets. Bold: the interval excludes",
         "0. A dash: the encoder is not trained, so its k-NN accuracy cannot change. Core s: seconds of computing,",
-        "added up over cores, whatever else the machine was doing.",
+        "added up over cores, whatever else the machine was doing. (pictures): of one seed, over its",
+        "test pictures.",
+        f"Protocol: {PROTOCOL}.",
         "",
         "| approach | seeds | in domain | out of domain | trained | core s | peak MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -139,12 +149,17 @@ def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) 
             f"| {row['processor_seconds']:.0f} | {row['peak_resident_mib']:,.0f} |"
         )
     if rows and (sets := list(rows[0]["knn"])):
-        lines += ["", "By set, accuracy in %, pretrained first:", "", "| approach | " + " | ".join(sets) + " |"]
+        lines += [
+            "",
+            "By set, accuracy in %, pretrained first (± half an interval; of one encoder over test pictures):",
+            "",
+            "| approach | " + " | ".join(sets) + " |",
+        ]
         lines += ["|---|" + "---:|" * len(sets)]
-        cells = [f"{100 * rows[0]['knn'][name]['pretrained']:.1f}" for name in sets]
+        cells = [_alone(rows[0]["knn"][name]["pretrained"], rows[0]["knn"][name].get("test")) for name in sets]
         lines.append("| pretrained | " + " | ".join(cells) + " |")
         for row in rows:
-            cells = [_accuracy(row["knn"][name]["finetuned"]) if name in row["knn"] else "" for name in sets]
+            cells = [_finetuned(row["knn"][name]) if name in row["knn"] else "" for name in sets]
             lines.append(f"| `{row['approach']}` | " + " | ".join(cells) + " |")
     lines += _tasks_markdown(rows)
     for name, reason in failures.items():
@@ -195,10 +210,11 @@ def _points(delta: dict[str, Any] | None) -> str:
     if delta is None or not any(delta["values"]):
         return "-"
     text = f"{100 * delta['mean']:+.1f}"
-    if delta["ci95"] is None:
+    interval = delta["ci95"] or delta.get("pictures_ci95")
+    if interval is None:
         return text
-    low, high = delta["ci95"]
-    text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    low, high = interval
+    text += f" [{100 * low:+.1f}, {100 * high:+.1f}]" + ("" if delta["ci95"] else " (pictures)")
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
@@ -206,6 +222,20 @@ def _accuracy(share: dict[str, Any]) -> str:
     ci = share["ci95"]
     spread = "" if ci is None else f" ± {100 * (ci[1] - ci[0]) / 2:.1f}"
     return f"{100 * share['mean']:.1f}{spread}"
+
+
+def _finetuned(entry: dict[str, Any]) -> str:
+    """Return a set's accuracy over seeds; of a single seed over its test pictures."""
+    share = entry["finetuned"]
+    return _accuracy(share) if share["ci95"] else _alone(share["mean"], entry.get("test"))
+
+
+def _alone(share: float, n: int | None) -> str:
+    """Return a share of n pictures with half of Wilson's 95 % interval."""
+    if not n:
+        return f"{100 * share:.1f}"
+    _, low, high = wilson(round(share * n), n)
+    return f"{100 * share:.1f} ± {50 * (high - low):.1f}"
 
 
 def collect(out: Path, preset: str, approaches: list[str], seeds: list[int], failures: dict[str, str]) -> list[dict]:
