@@ -30,6 +30,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "caption pictures with what a run has trained",
         "RUN IMAGE.. [--method NAME] [--json]",
     ),
+    "report": (
+        "wlsup.cli.report",
+        "compare runs on one self-contained page",
+        "RUN.. [-o report.html] [--figures DIR] [--json]",
+    ),
     "upcycle": (
         "wlsup.cli.upcycle",
         "turn a dense model's MLPs into mixtures of experts",
@@ -109,7 +114,7 @@ def command_help(command: str) -> str:
         from wlsup.approaches import APPROACHES
 
         return (_FIT_HELP if command == "fit" else _PRETRAIN_HELP).format(approaches=" | ".join(APPROACHES))
-    if command in ("caption", "data", "knn", "upcycle"):
+    if command in ("caption", "data", "knn", "report", "upcycle"):
         return importlib.import_module(COMMANDS[command][0]).HELP
     _, what, use = COMMANDS[command]
     return f"usage: wlsup {command} {use}\n\n{what[0].upper()}{what[1:]}."
