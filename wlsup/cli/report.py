@@ -41,7 +41,9 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     log_to_terminal(quiet=options.json)
     if options.output.is_dir():
-        raise WlsupError(f"-o {options.output} is a folder: give the page's file, such as {options.output / 'report.html'}.")
+        raise WlsupError(
+            f"-o {options.output} is a folder: give the page's file, such as {options.output / 'report.html'}."
+        )
     if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
         raise WlsupError(f"--figures {options.figures} is a file: give a folder.")
 
@@ -83,7 +85,11 @@ def run(arguments: list[str]) -> int:
         logger.warning("%d runs have no results.json and are left out; the page names them", len(unfinished))
     if options.json:
         written = {"page": str(options.output), "figures": [str(file) for file in files]}
-        print(json.dumps({**as_data(report), "refused": refused, "unfinished": [str(f) for f in unfinished], **written}, indent=2))
+        print(
+            json.dumps(
+                {**as_data(report), "refused": refused, "unfinished": [str(f) for f in unfinished], **written}, indent=2
+            )
+        )
         return 0
     size = options.output.stat().st_size / 2**20
     logger.info("%d runs of %d approaches: %s (%.1f MiB)", len(runs), len(report.groups), options.output, size)

@@ -10,14 +10,10 @@ from wlsup.evaluation.report.figures.style import Chart, points
 from wlsup.evaluation.report.groups import Estimate
 from wlsup.evaluation.report.pictures import Picture
 
-__all__ = ["Block", "Cell", "Charts", "Code", "Pictures", "Section", "Shown", "Table", "Text", "change", "figure", "share"]
+__all__ = ["Block", "Cell", "Charts", "Code", "Listed", "Pictures", "Section", "Shown", "Table", "Text",
+           "change", "figure", "number", "share"]  # fmt: skip
 
-_BASES = {
-    "seeds": "over {count} seeds",
-    "pictures": "over test pictures",
-    "pairs": "over {count} pairs",
-    "none": "one seed, no interval",
-}
+_NO_INTERVAL = "one seed, no interval"
 
 
 @dataclass(frozen=True)
@@ -28,13 +24,13 @@ class Cell:
         text: the figure, or words.
         detail: its interval, or what else must stand beside it.
         verdict: "gain", "loss", "unsure", "untouched", or "" for what is no change.
-        link: id of the section it leads to, "" for none.
+        pictures: thumbnails beside it.
     """
 
     text: str
     detail: str = ""
     verdict: str = ""
-    link: str = ""
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,14 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """Sentences that stand by themselves."""
+
+    items: tuple[str, ...]
+    kind: Literal["list"] = "list"
+
+
+@dataclass(frozen=True)
 class Charts:
     """Figures beside one another, as many as fit."""
 
@@ -88,7 +92,6 @@ class Pictures:
 
     title: str
     shown: tuple[Shown, ...]
-    small: bool = False
     kind: Literal["pictures"] = "pictures"
 
 
@@ -102,7 +105,7 @@ class Code:
     kind: Literal["code"] = "code"
 
 
-Block = Table | Text | Charts | Pictures | Code
+Block = Table | Text | Listed | Charts | Pictures | Code
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,14 @@ def change(estimate: Estimate | None, *, judged: bool = True) -> Cell:
     """Return a change given as a fraction, in points, with its interval; coloured where more is better."""
     if estimate is None:
         return Cell("–", "not measured")
+    if estimate.verdict == "untouched":
+        return Cell("0.0", "unchanged", "untouched")
     return Cell(points(estimate.value), _interval(estimate, points), estimate.verdict if judged else "")
 
 
 def share(estimate: Estimate | None) -> Cell:
-    """Return a share given as a fraction, in %, with its interval."""
-    return figure(estimate, lambda value: f"{100 * value:.1f}")
+    """Return a share given as a fraction, in %, with its interval, which does not leave [0, 100]."""
+    return figure(estimate, lambda value: number(100 * min(max(value, 0.0), 1.0), 1))
 
 
 def figure(estimate: Estimate | None, form: Callable[[float], str]) -> Cell:
@@ -139,12 +144,12 @@ def figure(estimate: Estimate | None, form: Callable[[float], str]) -> Cell:
     return Cell(form(estimate.value), _interval(estimate, form))
 
 
-def basis(estimate: Estimate) -> str:
-    """Return what an interval is over, in words."""
-    return _BASES[estimate.basis].format(count=estimate.count)
+def number(value: float, digits: int, signed: bool = False) -> str:
+    """Return a number with so many decimals and a true minus sign."""
+    return f"{value:{'+' if signed else ''},.{digits}f}".replace("-", "−")
 
 
 def _interval(estimate: Estimate, form: Callable[[float], str]) -> str:
     if estimate.low is None or estimate.high is None:
-        return _BASES["none"]
+        return _NO_INTERVAL
     return f"[{form(estimate.low)}, {form(estimate.high)}]"

@@ -12,7 +12,7 @@ from wlsup.evaluation.report.figures.changes import front
 from wlsup.evaluation.report.figures.style import Chart
 from wlsup.evaluation.report.groups import Estimate, Group, group_runs
 from wlsup.evaluation.report.runs import Run
-from wlsup.evaluation.report.sections.changes import changes, findings, in_against_out, used_protocols
+from wlsup.evaluation.report.sections.changes import changes, findings, in_against_out, used_protocols, what_was_run
 from wlsup.evaluation.report.sections.classes import classes
 from wlsup.evaluation.report.sections.costs import cost, reproduce, trained
 from wlsup.evaluation.report.sections.curves import learning, spectra, wise_ft
@@ -59,9 +59,12 @@ def build_report(
     """
     groups = group_runs(runs, order)
     many = len(groups)
-    title = title or (f"What {many} approaches did to an encoder" if many > 1 else f"What {groups[0].name} did to an encoder")
+    title = title or (
+        f"What {many} approaches did to an encoder" if many > 1 else f"What {groups[0].name} did to an encoder"
+    )
     sections = (
-        findings(groups, summaries or {}), changes(groups), in_against_out(groups), wise_ft(groups), learning(groups),
+        findings(groups), changes(groups), in_against_out(groups), what_was_run(groups, summaries or {}),
+        wise_ft(groups), learning(groups),
         beyond_knn(groups), tasks(groups), classes(groups), spectra(groups), reconstructions(groups), captions(groups),
         cost(groups), trained(groups), reproduce(groups), missing(groups, refused or {}, unfinished),
     )  # fmt: skip
@@ -80,7 +83,7 @@ def report_charts(report: Report) -> list[Chart]:
 
 
 def as_data(report: Report) -> dict[str, Any]:
-    """Return a report's figures as plain data: of each group its seeds, changes and intervals; the front; what lacks."""
+    """Return a report's figures as plain data: each group's seeds, changes and intervals; the front; what lacks."""
     candidates, best = front(report.groups)
     return {
         "title": report.title,
@@ -101,7 +104,11 @@ def _group(group: Group) -> dict[str, Any]:
         "in_domain_delta": _estimate(group.domain_delta("in")),
         "out_of_domain_delta": _estimate(group.domain_delta("out")),
         "knn": {
-            name: {"domain": domain, "delta": _estimate(group.delta(name)), "finetuned": _estimate(group.finetuned(name))}
+            name: {
+                "domain": domain,
+                "delta": _estimate(group.delta(name)),
+                "finetuned": _estimate(group.finetuned(name)),
+            }
             for name, domain in group.sets.items()
         },
         "notes": list(group.notes),

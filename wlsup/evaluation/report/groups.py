@@ -11,15 +11,15 @@ from typing import Any, Literal
 from wlsup.evaluation.report.runs import Run
 from wlsup.evaluation.statistics import mean_and_interval
 
-__all__ = ["Basis", "Estimate", "Group", "group_runs", "over_seeds", "wilson"]
+__all__ = ["UNTOUCHED", "Basis", "Estimate", "Group", "group_runs", "over_seeds", "wilson"]
 
 Basis = Literal["seeds", "pictures", "pairs", "none"]
 Verdict = Literal["gain", "loss", "unsure", "untouched"]
 
 # Of a configuration, what changes what is trained or measured; the rest says where things lie and what is shown.
 _TELLS = ("model.", "data.", "knn.k", "knn.temperature", "optimizer", "lr_scheduler", "trainer.accumulate_grad_batches",
-          "trainer.devices", "trainer.gradient_clip", "trainer.limit_train_batches", "trainer.max_", "trainer.num_nodes",
-          "trainer.precision")  # fmt: skip
+          "trainer.devices", "trainer.gradient_clip", "trainer.limit_train_batches", "trainer.max_",
+          "trainer.num_nodes", "trainer.precision")  # fmt: skip
 _TELLS_NOT = ("data.seed", "data.root", "data.num_workers", "knn.ks")
 
 
@@ -49,6 +49,10 @@ class Estimate:
         if self.low == self.high == 0:
             return "untouched"
         return "gain" if self.low > 0 else "loss" if self.high < 0 else "unsure"
+
+
+UNTOUCHED = Estimate(0.0, 0.0, 0.0, "none")
+"""Of an encoder that did not train: its change is 0 without doubt."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Group:
         """Return the change of k-NN accuracy on one set, as a fraction."""
         if name not in self.sets:
             return None
+        if self.untouched:
+            return UNTOUCHED
         entries = [run.results["knn"][name] for run in self.runs]
         if len(entries) == 1:
             return _of_one(entries[0]["delta"], entries[0].get("ci95"))
@@ -98,7 +104,9 @@ class Group:
         entries = [run.results["knn"][name] for run in self.runs]
         if len(entries) == 1:
             count = entries[0].get("test")
-            return wilson(entries[0]["finetuned"], count, "pictures") if count else over_seeds([entries[0]["finetuned"]])
+            return (
+                wilson(entries[0]["finetuned"], count, "pictures") if count else over_seeds([entries[0]["finetuned"]])
+            )
         return over_seeds([entry["finetuned"] for entry in entries])
 
     def domain_delta(self, domain: str) -> Estimate | None:
@@ -110,6 +118,8 @@ class Group:
         names = [name for name, of in self.sets.items() if of == domain]
         if not names:
             return None
+        if self.untouched:
+            return UNTOUCHED
         per_run = [[run.results["knn"][name] for name in names] for run in self.runs]
         means = [sum(entry["delta"] for entry in entries) / len(names) for entries in per_run]
         intervals = [entry.get("ci95") for entry in per_run[0]]
@@ -163,7 +173,9 @@ def group_runs(runs: Sequence[Run], order: Sequence[str] = ()) -> list[Group]:
     presets = {preset for _, preset in families}
     rank = {name: place for place, name in enumerate(order)}
     groups: list[Group] = []
-    for (approach, preset), members in sorted(families.items(), key=lambda item: (rank.get(item[0][0], len(rank)), item[0])):
+    for (approach, preset), members in sorted(
+        families.items(), key=lambda item: (rank.get(item[0][0], len(rank)), item[0])
+    ):
         name = approach if len(presets) == 1 else f"{approach}, {preset}"
         groups += _split(approach, preset, name, members)
     return groups
@@ -192,7 +204,9 @@ def _told(run: Run) -> dict[str, str]:
         "steps": str(results.get("steps")),
         "parameters trained": str(results["parameters"].get("trained")),
     }
-    return told | {key: value for key, value in run.options.items() if key.startswith(_TELLS) and not key.startswith(_TELLS_NOT)}
+    return told | {
+        key: value for key, value in run.options.items() if key.startswith(_TELLS) and not key.startswith(_TELLS_NOT)
+    }
 
 
 def _group(approach: str, preset: str, name: str, runs: list[Run]) -> Group:

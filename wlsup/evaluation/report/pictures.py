@@ -68,15 +68,15 @@ def logged_pictures(folder: Path, tag: str) -> list[tuple[int, bytes]]:
     return [(event.step, event.encoded_image_string) for event in ends]
 
 
-def class_thumbnails(folder: Path, name: str) -> dict[tuple[str, int], list[Path]]:
-    """Return the thumbnails of a set's most helped and most hurt classes: ("helped" or "hurt", rank) -> files.
+def class_thumbnails(folder: Path, name: str) -> dict[tuple[str, str], list[Path]]:
+    """Return the thumbnails of a set's most helped and most hurt classes: ("helped" or "hurt", class) -> files.
 
     Args:
         folder: of the run.
         name: of the set.
     """
-    found: dict[tuple[str, int], list[Path]] = {}
+    found: dict[tuple[str, str], list[Path]] = {}
     for file in sorted((folder / "classes" / name).glob("*.png")):
         if match := _THUMBNAIL.match(file.name):
-            found.setdefault((match.group(1), int(match.group(2))), []).append(file)
+            found.setdefault((match.group(1), match.group(3)), []).append(file)
     return found

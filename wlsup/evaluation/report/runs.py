@@ -118,21 +118,27 @@ def read_run(folder: Path) -> Run:
     problems: list[str] = []
     results = _results(folder / "results.json")
     pieces = {
-        attribute: _optional(folder / name, _json_object, problems) or {}
-        for attribute, name in (
-            ("cost", "cost.json"),
-            ("plan", "plan.json"),
-            ("environment", "env.json"),
-            ("wise_ft", "wise_ft.json"),
-            ("spectra", "spectra.json"),
-            ("evaluation", "evaluation.json"),
+        attribute: _optional(folder / name, read, problems) or {}
+        for attribute, name, read in (
+            ("cost", "cost.json", _json_object),
+            ("plan", "plan.json", _plan),
+            ("environment", "env.json", _json_object),
+            ("wise_ft", "wise_ft.json", _wise_ft),
+            ("spectra", "spectra.json", _spectra),
+            ("evaluation", "evaluation.json", _evaluation),
         )
     }
     config = _optional(folder / "config.yaml", lambda path: path.read_text(encoding="utf-8"), problems) or ""
     options = _optional(folder / "config.yaml", _options, problems) or {}
     series = _optional(folder / "metrics.csv", _series, problems) or {}
     return Run(
-        folder, results, config=config, options=options, series=series, problems=tuple(dict.fromkeys(problems)), **pieces
+        folder,
+        results,
+        config=config,
+        options=options,
+        series=series,
+        problems=tuple(dict.fromkeys(problems)),
+        **pieces,
     )
 
 
@@ -150,9 +156,7 @@ def _results(path: Path) -> dict[str, Any]:
         raise WlsupError(f"{path} is not a run's results ({error}). Leave the run out, or run it again.") from error
     wrong = [key for key, kind in _NEEDED.items() if not isinstance(results.get(key), kind)]
     wrong += [
-        f"knn.{name}"
-        for name, entry in (results["knn"].items() if "knn" not in wrong else ())
-        if not _is_entry(entry)
+        f"knn.{name}" for name, entry in (results["knn"].items() if "knn" not in wrong else ()) if not _is_entry(entry)
     ]
     if wrong:
         raise WlsupError(
@@ -178,7 +182,9 @@ def _optional(path: Path, read: Callable[[Path], Any], problems: list[str]) -> A
         return read(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         problems.append(f"{path.name}: {' '.join(str(error).split())}")
-        return None
+    except (LookupError, TypeError, AttributeError) as error:
+        problems.append(f"{path.name}: it lacks what this report reads there ({type(error).__name__}: {error})")
+    return None
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -186,6 +192,40 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    plan = _json_object(path)
+    for rule in plan["rules"]:
+        _ = [rule[key] for key in ("pattern", "trains", "lr", "weight_decay", "tensors", "parameters")]
+    _ = [base["id"] + base["sha256"] for base in plan["bases"].values()]
+    return plan
+
+
+def _wise_ft(path: Path) -> dict[str, Any]:
+    curve = _json_object(path)
+    for entry in curve["sets"].values():
+        for position in range(len(curve["alphas"])):
+            _ = entry["domain"], float(entry["delta"][position]), [float(end) for end in entry["ci95"][position]]
+    return curve
+
+
+def _spectra(path: Path) -> dict[str, Any]:
+    spectra = _json_object(path)
+    for layer in spectra["layers"]:
+        _ = layer["name"], list(layer["shape"])
+        for metrics in (layer["before"], layer["after"]):
+            if metrics and metrics.get("power_law"):
+                float(metrics["alpha"])
+    return spectra
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    evaluation = _json_object(path)
+    for entry in evaluation.get("sets", {}).values():
+        for row in entry.get("classes") or []:
+            _ = row["class"], row["n"], row["pretrained"], row["finetuned"], row["delta"]
+    return evaluation
 
 
 def _options(path: Path) -> dict[str, str]:

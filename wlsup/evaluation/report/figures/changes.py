@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from wlsup.evaluation.report.figures.labels import place_labels
 from wlsup.evaluation.report.figures.style import Chart, Palette, axes, points, slug
-from wlsup.evaluation.report.groups import Estimate, Group
+from wlsup.evaluation.report.groups import UNTOUCHED, Estimate, Group
 from wlsup.evaluation.report.pareto import pareto_front
 
 __all__ = ["PRETRAINED", "changes_chart", "front", "scatter_chart"]
@@ -55,7 +55,7 @@ def changes_chart(groups: Sequence[Group], name: str, domain: str) -> Chart:
         f"change-{slug(name)}",
         f"Change on {name} ({where})",
         f"Change of k-NN accuracy on {name} against the pretrained encoder, in points, with 95 % intervals, for "
-        f"{len(found)} approaches: {told}.",
+        f"{len(found)} rows: {told}.",
         draw,
         ("approach", "change", "95 % interval", "reads as"),
         rows,
@@ -71,8 +71,7 @@ def front(groups: Sequence[Group]) -> tuple[list[tuple[str, Estimate, Estimate]]
     Args:
         groups: in any order.
     """
-    nothing = Estimate(0.0, 0.0, 0.0, "none")
-    candidates = [(PRETRAINED, nothing, nothing)]
+    candidates = [(PRETRAINED, UNTOUCHED, UNTOUCHED)]
     for group in groups:
         inside, outside = group.domain_delta("in"), group.domain_delta("out")
         if inside is not None and outside is not None and not group.untouched:
@@ -115,7 +114,9 @@ def scatter_chart(groups: Sequence[Group]) -> Chart | None:
             one.plot(*spots[name], marker="o", markersize=5.5, color=colour,
                      markerfacecolor=colour if name in best else palette.paper)  # fmt: skip
         one.plot(*spots[PRETRAINED], marker="s", markersize=6, color=palette.ink)
-        place_labels(one, spots, {name: palette.ink if name in best else palette.muted for name in spots})
+        place_labels(
+            one, spots, {name: palette.ink if name in best else palette.muted for name in spots}, palette.paper
+        )
         one.set_xlabel("in-domain change, points (mean over sets)")
         one.set_ylabel("out-of-domain change, points")
         return figure

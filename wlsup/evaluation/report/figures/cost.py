@@ -36,7 +36,7 @@ def cost_chart(groups: Sequence[Group]) -> Chart | None:
         one.set_yticks(range(len(found)), [group.name for group, _ in found])
         one.set_ylim(len(found) - 0.4, -0.6)
         one.margins(x=0.14)
-        one.set_xlabel("core seconds (mean; line: lowest to highest seed)")
+        one.set_xlabel("core seconds")
         return figure
 
     rows = tuple(

@@ -14,7 +14,7 @@ _RADII = (7.0, 16.0, 28.0, 42.0, 58.0)
 _DIRECTIONS = [(math.cos(a), math.sin(a)) for a in (0, math.pi, *(k * math.pi / 4 for k in (1, 3, 5, 7, 2, 6)))]
 
 
-def place_labels(one: Axes, spots: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
+def place_labels(one: Axes, spots: Mapping[str, tuple[float, float]], colours: Mapping[str, str], paper: str) -> None:
     """Write each point's name where it overlaps others and points the least, with a line where it must stand off.
 
     Greedy: from the outermost point inwards, the nearest free one of some places around the point.
@@ -23,6 +23,7 @@ def place_labels(one: Axes, spots: Mapping[str, tuple[float, float]], colours: M
         one: axes with their final limits.
         spots: name -> its point, in data coordinates.
         colours: name -> its colour.
+        paper: what is behind the figure, laid under the names.
     """
     figure = one.figure
     width, height = (side * 72 for side in figure.get_size_inches())
@@ -47,6 +48,9 @@ def place_labels(one: Axes, spots: Mapping[str, tuple[float, float]], colours: M
                 box = (anchor[0] - shift, anchor[1] - tall / 2, anchor[0] - shift + wide, anchor[1] + tall / 2)
                 outside = box[0] < 0 or box[1] < 0 or box[2] > inner[0] or box[3] > inner[1]
                 cost = sum(_overlap(box, other) for other in taken) + 4 * ring + 1000 * outside
+                # A name must not look as if it were another's: no other point nearer to it than its own.
+                own = _distance(box, (x, y))
+                cost += 60 * sum(_distance(box, spot) < own + 3 for other, spot in where.items() if other != name)
                 if best is None or cost < best[0]:
                     best = (cost, box, (radius * dx, radius * dy), dx, ring)
         _, box, offset, dx, ring = best
@@ -54,8 +58,15 @@ def place_labels(one: Axes, spots: Mapping[str, tuple[float, float]], colours: M
         one.annotate(
             name, spots[name], offset, textcoords="offset points", fontsize=_SIZE, color=colours[name],
             ha="left" if dx > 0.3 else "right" if dx < -0.3 else "center", va="center",
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": paper, "edgecolor": "none", "alpha": 0.8},
             arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.5} if ring > 1 else None,
         )  # fmt: skip
+
+
+def _distance(box: tuple[float, ...], spot: tuple[float, float]) -> float:
+    across = max(box[0] - spot[0], 0.0, spot[0] - box[2])
+    along = max(box[1] - spot[1], 0.0, spot[1] - box[3])
+    return math.hypot(across, along)
 
 
 def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:

@@ -1,7 +1,8 @@
-"""How every figure looks: its colours in light and dark, its type, and how matplotlib's SVG becomes a part of a page."""
+"""How every figure looks: its colours in light and dark, its type, and how its SVG becomes a part of a page."""
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import re
@@ -64,6 +65,7 @@ _TYPE = {
     "legend.fontsize": 9,
     "svg.fonttype": "none",  # text stays text: searchable, read aloud, in the page's own type
     "axes.unicode_minus": True,
+    "text.parse_math": False,  # a dollar in a name is a dollar
 }
 
 
@@ -176,7 +178,10 @@ def points(fraction: float) -> str:
 def slug(name: str) -> str:
     """Return a name as a part of a file's name and of an id."""
     kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
-    return "-".join(part for part in kept.split("-") if part) or "x"
+    short = "-".join(part for part in kept.split("-") if part) or "x"
+    if name.lower().replace("_", "-") == short:
+        return short
+    return f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"  # two names that shorten alike stay two
 
 
 def _svg(chart: Chart, palette: Palette) -> str:

@@ -41,7 +41,8 @@ def wise_ft_chart(group: Group, others: Sequence[Group]) -> Chart | None:
     if curve is None:
         return None
     alphas, inside, outside = curve
-    chosen = [run.wise_ft["chosen_alpha"] for run in group.runs if run.wise_ft]
+    picked = [run.wise_ft.get("chosen_alpha") for run in group.runs if run.wise_ft]
+    chosen = [alpha for alpha in picked if alpha is not None]
 
     def draw(palette: Palette) -> Figure:
         figure, one = axes(palette, 2.9)
@@ -56,7 +57,7 @@ def wise_ft_chart(group: Group, others: Sequence[Group]) -> Chart | None:
         one.plot(xs, ys, color=palette.accent, linewidth=1.7, marker="o", markersize=3.5)
         for alpha in sorted(set(chosen)):
             place = min(range(len(alphas)), key=lambda i: abs(alphas[i] - alpha))
-            one.plot(xs[place], ys[place], marker="o", markersize=11, color="none", markeredgecolor=palette.second,
+            one.plot(xs[place], ys[place], marker="o", markersize=11, color=palette.second, markerfacecolor="none",
                      markeredgewidth=1.6)  # fmt: skip
         for place, name in ((0, "α = 0, pretrained"), (len(alphas) - 1, "α = 1, fine-tuned")):
             right = xs[place] > (max(xs) + min(xs)) / 2
@@ -71,12 +72,12 @@ def wise_ft_chart(group: Group, others: Sequence[Group]) -> Chart | None:
         (f"{alpha:g}{' (chosen)' if alpha in chosen else ''}", _cell(i), _cell(o))
         for alpha, i, o in zip(alphas, inside, outside, strict=True)
     )
-    picked = ", ".join(f"{alpha:g}" for alpha in chosen)
+    told = ", ".join(f"{alpha:g}" for alpha in chosen) or "none"
     return Chart(
         f"wise-ft-{slug(group.name)}",
         f"WiSE-FT of {group.name}",
         f"Mean change in domain (across) and out of domain (up) from the pretrained weights, α = 0, to the fine-tuned "
-        f"ones, α = 1. Ringed: the α chosen on in-domain validation pictures ({picked}).",
+        f"ones, α = 1. Ringed: the α chosen on in-domain validation pictures ({told}).",
         draw,
         ("α", "in domain", "out of domain"),
         rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from wlsup.evaluation.report.blocks import Cell, Charts, Code, Section, Table, Text, figure
+from wlsup.evaluation.report.blocks import Cell, Charts, Code, Section, Table, Text
 from wlsup.evaluation.report.figures.cost import cost_chart
 from wlsup.evaluation.report.groups import Group
 from wlsup.evaluation.report.runs import Run
@@ -21,19 +21,21 @@ def cost(groups: Sequence[Group]) -> Section:
         share = 100 * parameters["trained"] / parameters["total"]
         rows.append((
             Cell(group.name),
-            _figure(group, lambda run: run.cost.get("processor_seconds"), 1),
-            _figure(group, lambda run: run.results.get("seconds"), 1),
-            _figure(group, lambda run: (run.cost.get("peak_memory_mib") or {}).get("resident"), 1),
-            _figure(group, lambda run: (run.cost.get("peak_memory_mib") or {}).get("gpu"), 1),
+            _figure(group, lambda run: run.cost.get("processor_seconds")),
+            _figure(group, lambda run: run.results.get("seconds")),
+            _figure(group, lambda run: (run.cost.get("peak_memory_mib") or {}).get("resident")),
+            _figure(group, lambda run: (run.cost.get("peak_memory_mib") or {}).get("gpu")),
             Cell(f"{parameters['trained']:,}", f"{share:.1f} % of {parameters['total']:,}"),
         ))  # fmt: skip
     table = Table(
-        "What a run takes: mean over seeds with its 95 % interval (Student’s t). Core seconds are added up over cores and do "
-        "not depend on what else the machine does; wall seconds do. Memory is the most a process held.",
-        ("approach", "core seconds", "wall seconds", "memory, MiB", "GPU memory, MiB", "parameters trained"), tuple(rows),
+        "What a run takes: mean over seeds, and below it the lowest and the highest seed’s. Core seconds are added up "
+        "over cores and hardly depend on what else the machine does; wall seconds do. Memory is the most "
+        "that a process held.",
+        ("approach", "core seconds", "wall seconds", "memory, MiB", "GPU memory, MiB", "parameters trained"),
+        tuple(rows),
     )  # fmt: skip
     chart = cost_chart(groups)
-    return Section("cost", "Cost", [table, *([Charts((chart,), wide=True)] if chart else [])])
+    return Section("cost", "Cost", [table, *([Charts((chart,))] if chart else [])])
 
 
 def trained(groups: Sequence[Group]) -> Section:
@@ -63,8 +65,8 @@ def reproduce(groups: Sequence[Group]) -> Section:
     """Return, of each group, the commands and the configuration that run it again."""
     blocks: list[Any] = [
         Text(
-            "Each run’s folder has config.yaml, which runs it again. The same seed on the same machine with the same versions "
-            "gives the same results.json, times aside."
+            "Each run’s folder has config.yaml, which runs it again. The same seed on the same machine with the same "
+            "versions gives the same results.json, times aside."
         )
     ]
     for group in groups:
@@ -79,7 +81,9 @@ def reproduce(groups: Sequence[Group]) -> Section:
 def _commands(group: Group) -> list[str]:
     run = group.runs[0]
     environment, captions = run.environment, run.results["captions"]
-    lines = [f"git checkout {environment['git_commit'].removesuffix('-dirty')}"] if environment.get("git_commit") else []
+    lines = (
+        [f"git checkout {environment['git_commit'].removesuffix('-dirty')}"] if environment.get("git_commit") else []
+    )
     if str(environment.get("git_commit")).endswith("-dirty"):
         lines.append("# files were changed and not committed when it ran: the commit alone is not what ran")
     lines += [
@@ -100,6 +104,9 @@ def _commands(group: Group) -> list[str]:
     return lines
 
 
-def _figure(group: Group, of: Callable[[Run], float | None], scale: float) -> Cell:
-    estimate = group.over_seeds(of)
-    return Cell("–", "not recorded") if estimate is None else figure(estimate, lambda value: f"{value / scale:,.0f}")
+def _figure(group: Group, of: Callable[[Run], float | None]) -> Cell:
+    values = [of(run) for run in group.runs]
+    if any(value is None for value in values):
+        return Cell("–", "not recorded")
+    low, high = (f"{end:,.0f}" for end in (min(values), max(values)))
+    return Cell(f"{sum(values) / len(values):,.0f}", "one seed" if len(values) == 1 else f"{low} to {high}")

@@ -22,8 +22,8 @@ def learning(groups: Sequence[Group]) -> Section:
     if not charts:
         return Section("learning", "Learning curves", [Text("No run has a metrics.csv with its losses.")])
     text = (
-        "Thin: each seed. Thick: their mean. Losses of different approaches are sums of different things; compare a curve "
-        "with itself. R@1: how often a held-out picture’s own caption is the nearest."
+        "Thin: each seed. Thick: their mean. Losses of different approaches are sums of different things; compare a "
+        "curve with itself. R@1: how often a held-out picture’s own caption is the nearest."
     )
     return Section("learning", "Learning curves", [Text(text), Charts(charts)])
 
@@ -38,7 +38,9 @@ def wise_ft(groups: Sequence[Group]) -> Section:
     rows = []
     for group in found:
         scored = [run for run in group.runs if run.wise_ft]
-        picked = ", ".join(f"{run.wise_ft['chosen_alpha']:g}" for run in scored if run.wise_ft.get("chosen_alpha") is not None)
+        picked = ", ".join(
+            f"{run.wise_ft['chosen_alpha']:g}" for run in scored if run.wise_ft.get("chosen_alpha") is not None
+        )
         last = len(scored[0].wise_ft["alphas"]) - 1
         rows.append((
             Cell(group.name), Cell(str(len(scored))), Cell(picked or "none"),
@@ -70,8 +72,8 @@ def spectra(groups: Sequence[Group]) -> Section:
             rows.append((Cell(group.name), Cell(str(len(scored))), *cells, Cell(_fitted(scored[0]))))
     protocols = sorted({str(run.spectra.get("protocol")) for group in groups for run in group.runs if run.spectra})
     table = Table(
-        "Median over layers of alpha, the exponent of the spectrum’s tail; over seeds mean and 95 % interval (Student’s t). "
-        f"Layers without a power law are left out. Protocol: {'; '.join(protocols)}.",
+        "Median over layers of alpha, the exponent of the spectrum’s tail; over seeds mean and 95 % interval "
+        f"(Student’s t). Layers without a power law are left out. Protocol: {'; '.join(protocols)}.",
         ("approach", "seeds", "alpha before", "alpha after", "layers with a power law"), tuple(rows),
     )  # fmt: skip
     return Section("spectra", title, [table, Charts(charts)])

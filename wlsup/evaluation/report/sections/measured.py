@@ -1,11 +1,11 @@
-"""What was measured beside k-NN: probe, few-shot, calibration, drift, retrieval, captions, and the approach's own task."""
+"""What was measured beside k-NN: probe, few-shot, calibration, drift, retrieval, captions, the approach's own task."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from wlsup.evaluation.report.blocks import Block, Cell, Section, Table, Text, change, figure, share
+from wlsup.evaluation.report.blocks import Block, Cell, Section, Table, Text, change, figure, number, share
 from wlsup.evaluation.report.groups import Basis, Estimate, Group, over_seeds, wilson
 
 __all__ = ["beyond_knn", "tasks"]
@@ -37,8 +37,8 @@ def beyond_knn(groups: Sequence[Group]) -> Section:
         return Section("beyond", title, [Text("No run has evaluation.json: `wlsup evaluate RUN` makes it.")])
     blocks: list[Block] = [
         Text(
-            "Brackets: 95 % interval, of several seeds over seeds (Student’s t), of one seed as the metric’s protocol says. "
-            "Changes are fine-tuned minus pretrained."
+            "Brackets: 95 % interval, of several seeds over seeds (Student’s t), of one seed as the metric’s protocol "
+            "says. Changes are fine-tuned minus pretrained."
         )
     ]
     for metric, rows in found.items():
@@ -59,9 +59,8 @@ def tasks(groups: Sequence[Group]) -> Section:
     blocks: list[Block] = []
     if table := _retrieval(groups):
         blocks.append(table)
-    for group in groups:
-        if table := _captioning(group):
-            blocks.append(table)
+    if table := _captioning(groups):
+        blocks.append(table)
     for group in groups:
         if table := _task(group):
             blocks.append(table)
@@ -123,8 +122,8 @@ def _cell(column: str, estimate: Estimate | None, percent: bool) -> Cell:
     if column.endswith("delta"):
         if percent:
             return change(estimate)
-        return figure(estimate, lambda value: f"{value:+.3f}".replace("-", "−"))
-    return share(estimate) if percent else figure(estimate, lambda value: f"{value:.3f}".replace("-", "−"))
+        return figure(estimate, lambda value: number(value, 3, signed=True))
+    return share(estimate) if percent else figure(estimate, lambda value: number(value, 3))
 
 
 def _header(column: str, percent: bool) -> str:
@@ -150,7 +149,7 @@ def _retrieval(groups: Sequence[Group]) -> Table | None:
             whole = len(values) == len(found)
             cells.append(_recall(values, interval, found[0]["pairs"]) if whole else Cell("–", "not recorded"))
         chance = ", ".join(f"{100 * value:.1f}" for value in found[0]["chance"].values())
-        rows.append((Cell(group.name), Cell(str(found[0]["pairs"])), *cells, Cell(chance, "computed, not measured")))
+        rows.append((Cell(group.name), Cell(str(found[0]["pairs"])), *cells, Cell(chance, "computed")))
     if not rows:
         return None
     ways = {"image_to_text": "picture to text", "text_to_image": "text to picture"}
@@ -172,21 +171,32 @@ def _recall(values: Sequence[float], interval: Any, pairs: int) -> Cell:
     return share(Estimate(values[0], *interval, "pairs") if interval else wilson(values[0], pairs, "pairs"))
 
 
-def _captioning(group: Group) -> Table | None:
-    found = [run.results.get("captioning") or {} for run in group.runs]
-    if not all(one.get("scores") for one in found):
+def _captioning(groups: Sequence[Group]) -> Table | None:
+    rows, how = [], set()
+    scored = [
+        group for group in groups if all((run.results.get("captioning") or {}).get("scores") for run in group.runs)
+    ]
+    names = [
+        name for name in _SCORES if any(name in run.results["captioning"]["scores"] for g in scored for run in g.runs)
+    ]
+    for group in scored:
+        found = [run.results["captioning"] for run in group.runs]
+        cells = []
+        for name in names:
+            entries = [one["scores"].get(name) for one in found]
+            whole = all(entries)
+            estimate = _over([e["value"] for e in entries], entries[0].get("ci95"), "pictures") if whole else None
+            cells.append(figure(estimate, lambda value: number(value, 3)))
+        rows.append((Cell(group.name), *cells))
+        one = found[0]
+        many = f"{one.get('pictures')} held-out pictures, {one.get('references')} human captions"
+        how.add(f"{group.name}: {many}, {one.get('generation')}")
+    if not rows:
         return None
-    rows = []
-    for name in found[0]["scores"]:
-        entries = [one["scores"].get(name) for one in found]
-        if all(entries):
-            intervals: list[Any] = [entry["ci95"] for entry in entries]
-            estimate = _over([entry["value"] for entry in entries], intervals[0], "pictures")
-            rows.append((Cell(_SCORES.get(name, name)), figure(estimate, lambda value: f"{value:.3f}")))
-    first = found[0]
     return Table(
-        f"Captions of {group.name}: {first.get('pictures')} held-out pictures, {first.get('references')} human captions, "
-        f"{first.get('generation')}. {_over_what(group)}", ("score", "value"), tuple(rows),
+        "Caption scores. BLEU, ROUGE-L and METEOR lie in [0, 1], CIDEr-D in [0, 10]. Brackets: 95 % interval over "
+        "seeds (Student’s t), of one seed over pictures (bootstrap).",
+        ("approach", *(_SCORES[name] for name in names)), tuple(rows), note=f"{'; '.join(sorted(how))}.",
     )  # fmt: skip
 
 
@@ -207,10 +217,17 @@ def _task(group: Group) -> Table | None:
     for row in found[0]["rows"]:
         same = [one for task in found for one in task["rows"] if one["what"] == row["what"]]
         unit = row.get("unit") or ""
-        form = (lambda value: f"{value:.1f}") if unit == "%" else (lambda value: f"{value:.3f}")
+        digits = 1 if unit == "%" else 3
         estimate = _over([one["value"] for one in same], row.get("ci95"), "pictures")
-        chance = Cell("–") if row.get("chance") is None else Cell(form(row["chance"]), "computed, not measured")
-        rows.append((Cell(row["what"]), Cell(unit), figure(estimate, form), chance))
+        chance = Cell("–") if row.get("chance") is None else Cell(number(row["chance"], digits), "computed")
+        rows.append(
+            (
+                Cell(row["what"]),
+                Cell(unit),
+                figure(estimate, lambda value, digits=digits: number(value, digits)),
+                chance,
+            )
+        )
     note = found[0].get("note") or ""
     return Table(
         f"{found[0].get('title')} ({group.name}). {_over_what(group)}", ("measured", "unit", "value", "chance"),

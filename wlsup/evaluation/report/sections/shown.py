@@ -22,8 +22,10 @@ def reconstructions(groups: Sequence[Group]) -> Section:
     if not found:
         none = "No run logged reconstructions: approaches without a masked autoencoder show none."
         return Section("reconstructions", "Reconstructions", [Text(none)])
-    text = "A row a picture: input, masked, prediction, prediction pasted into what was seen. The same masks before and after."
-    return Section("reconstructions", "Reconstructions", [Text(text), Pictures("Before training and after", tuple(found))])
+    text = "A row a picture: input, masked, prediction, prediction pasted into what was seen. Masks are the same."
+    return Section(
+        "reconstructions", "Reconstructions", [Text(text), Pictures("Before training and after", tuple(found))]
+    )
 
 
 def captions(groups: Sequence[Group]) -> Section:
@@ -33,9 +35,13 @@ def captions(groups: Sequence[Group]) -> Section:
         run = next((run for run in group.runs if (run.results.get("captioning") or {}).get("samples")), None)
         if run is None:
             continue
-        pictures = _ends(group, "captions", f"Held-out pictures with the captions of {group.name} and of people beside them")
+        pictures = _ends(
+            group, "captions", f"Held-out pictures with the captions of {group.name} and of people beside them"
+        )
         if pictures:
-            blocks.append(Pictures(f"{group.name}: before training and after", (Shown(_steps("", pictures), pictures),)))
+            blocks.append(
+                Pictures(f"{group.name}: before training and after", (Shown(_steps("", pictures), pictures),))
+            )
         rows = tuple(
             (Cell(sample["key"]), Cell(sample["generated"] or "(nothing)"), Cell(" / ".join(sample["references"])))
             for sample in run.results["captioning"]["samples"]
@@ -48,7 +54,8 @@ def captions(groups: Sequence[Group]) -> Section:
 def _ends(group: Group, tag: str, what: str) -> tuple[Picture, ...]:
     for run in group.runs:
         found = [
-            shown(data, f"{what}; step {step}, seed {run.seed}.", step) for step, data in logged_pictures(run.folder, tag)
+            shown(data, f"{what}; step {step}, seed {run.seed}.", step)
+            for step, data in logged_pictures(run.folder, tag)
         ]
         kept = tuple(picture for picture in found if picture is not None)
         if kept:
