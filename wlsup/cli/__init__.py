@@ -75,6 +75,7 @@ Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the
   --trainer.devices N           processes, one a GPU
   --knn.every_n_epochs N        also score along the way
   --captioning.pictures N       of captioners: held-out pictures that are captioned and scored at the end (128)
+  --projector.pictures N        in TensorBoard's projector: so many test pictures of each set, before and after (0)
   --print_config                print the whole resolved configuration
   --help-all                    every option there is (imports torch: some seconds)
 """

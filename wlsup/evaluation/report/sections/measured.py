@@ -11,9 +11,17 @@ from wlsup.evaluation.report.groups import Basis, Estimate, Group, over_seeds, w
 __all__ = ["beyond_knn", "tasks"]
 
 _SKIPPED = ("classes", "reliability")
-_ACCURACIES = ("probe", "few_shot", "zero_shot")  # of what more is better
-_NAMES = {"few_shot": "few-shot", "zero_shot": "zero-shot", "cka": "CKA", "knn_overlap": "k-NN overlap", "ece": "ECE",
-          "nll": "NLL", "brier": "Brier"}  # fmt: skip
+_ACCURACIES = ("knn", "probe", "few_shot", "zero_shot")  # of what more is better
+_NAMES = {
+    "few_shot": "few-shot",
+    "zero_shot": "zero-shot",
+    "knn": "k-NN",
+    "knn_overlap": "k-NN overlap",
+    "cka": "CKA",
+    "ece": "ECE",
+    "nll": "NLL",
+    "brier": "Brier",
+}
 
 
 def beyond_knn(groups: Sequence[Group]) -> Section:
@@ -50,7 +58,8 @@ def beyond_knn(groups: Sequence[Group]) -> Section:
         )
         protocol = "; ".join(sorted(protocols.get(metric, ()))) or "not recorded"
         headers = ("approach", "set", *(_header(column, judged) for column in columns))
-        blocks.append(Table(f"{_name(metric)}. Protocol: {protocol}.", headers, cells, words=2))
+        name = _name(metric)
+        blocks.append(Table(f"{name[0].upper()}{name[1:]}. Protocol: {protocol}.", headers, cells, words=2))
     return Section("beyond", title, blocks)
 
 
@@ -74,8 +83,6 @@ def _metrics(group: Group) -> dict[str, dict[str, dict[str, Estimate]]]:
     found: dict[str, dict[str, dict[str, list[tuple[float, Any]]]]] = {}
     for evaluation in runs:
         parts = {name: entry for name, entry in (evaluation.get("sets") or {}).items() if isinstance(entry, dict)}
-        if isinstance(evaluation.get("retrieval"), dict):
-            parts["held-out pairs"] = {"retrieval": evaluation["retrieval"]}
         for name, metrics in parts.items():
             for metric, node in metrics.items():
                 if not isinstance(node, dict) or metric in _SKIPPED:
@@ -89,17 +96,23 @@ def _metrics(group: Group) -> dict[str, dict[str, dict[str, Estimate]]]:
     }
 
 
-def _figures(node: Mapping[str, Any], bare: bool, path: str = "") -> Iterator[tuple[str, float, Any]]:
-    """Yield (path, value, interval or None) of a metric's figures; those without an interval only where ``bare``."""
+def _figures(
+    node: Mapping[str, Any], bare: bool, path: str = "", given: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, float, Any]]:
+    """Yield (path, value, interval or None) of a metric's figures; those without an interval only where ``bare``.
+
+    ``given`` are intervals that the metric keeps apart, under its own "ci95".
+    """
     interval = node.get("ci95")
     for key, value in node.items():
         if key in _SKIPPED or "ci95" in key:
             continue
         here = f"{path} {_name(key)}".strip()
         if isinstance(value, dict):
-            yield from _figures(value, bare, here)
+            apart = interval.get(key) if isinstance(interval, dict) else None
+            yield from _figures(value, bare, here, apart)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            own = node.get(f"{key}_ci95")
+            own = node.get(f"{key}_ci95", (given or {}).get(key))
             if own is None and interval is not None and key in ("delta", "value", "accuracy", "mean", "estimate"):
                 own = interval
                 here = here if key == "delta" else path or here
@@ -132,7 +145,7 @@ def _header(column: str, percent: bool) -> str:
 
 
 def _name(key: str) -> str:
-    return _NAMES.get(str(key), str(key).replace("_", " "))
+    return _NAMES.get(str(key), str(key).replace("_", " ").replace("finetuned", "fine-tuned"))
 
 
 def _retrieval(groups: Sequence[Group]) -> Table | None:
