@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from wlsup.callbacks.captions import Captions
+from wlsup.callbacks.dashboard import dashboard_layout
 from wlsup.callbacks.guards import Guards
 from wlsup.callbacks.knn import KNN, domain_intervals, domain_means
 from wlsup.callbacks.retrieval import Retrieval
-from wlsup.callbacks.routing import routing_layout
 from wlsup.evaluation.caption_table import caption_markdown, print_caption_table
 from wlsup.evaluation.knn import PROTOCOL
 from wlsup.evaluation.table import knn_markdown, print_knn_table
@@ -124,9 +124,12 @@ class RunFolder(Callback):
         logger.info("%s %s", pl_module.name, pl_module.plan.summary(pl_module))
         knn = _find(trainer, KNN)
         metrics = knn.baseline_metrics() if knn else {}
+        # The HParams tab shows the first few unasked: the changes at home and away, then those of the sets.
+        metrics = dict(sorted(metrics.items(), key=lambda item: ("summary", "knn_delta").index(item[0].split("/")[0])
+                              if item[0].startswith(("summary/", "knn_delta/")) else 2))  # fmt: skip
         for board in _boards(trainer):
             board.experiment.add_text("plan", plan_markdown(plan), 0)
-            board.experiment.add_custom_scalars(_layout(knn, pl_module))
+            board.experiment.add_custom_scalars(dashboard_layout(trainer.callbacks, pl_module))
             board.log_hyperparams(self.hyperparameters, metrics)
 
     def on_train_batch_end(
@@ -220,30 +223,3 @@ def _find(trainer: lightning.Trainer, kind: type) -> Any:
 
 def _boards(trainer: lightning.Trainer) -> list[TensorBoardLogger]:
     return [sink for sink in trainer.loggers if isinstance(sink, TensorBoardLogger)]
-
-
-def _layout(knn: KNN | None, module: torch.nn.Module) -> dict[str, dict[str, list]]:
-    sets = knn.sets if knn else []
-    by_domain = {
-        title: [f"knn/{s.name}" for s in sets if s.domain == domain]
-        for title, domain in (("in domain", "in"), ("out of domain", "out"))
-    }
-    # A band needs three tags in this order: the value, its lower and its upper limit.
-    bands = {s.name: ["Margin", [f"knn_delta{part}/{s.name}" for part in ("", "_low", "_high")]] for s in sets}
-    layout = {
-        "losses": {
-            "total": ["Multiline", ["train/loss", "val/loss"]],
-            "reconstruction": ["Multiline", ["train/reconstruction", "val/reconstruction"]],
-            "contrastive": ["Multiline", ["train/contrastive", "val/contrastive"]],
-        },
-        "held-out retrieval": {
-            "image to text": ["Multiline", [f"retrieval/image_to_text_R@{k}" for k in (1, 5, 10)]],
-            "text to image": ["Multiline", [f"retrieval/text_to_image_R@{k}" for k in (1, 5, 10)]],
-        },
-    }
-    if sets:
-        layout["k-NN accuracy"] = {title: ["Multiline", tags] for title, tags in by_domain.items() if tags}
-        layout["k-NN difference to pretrained, 95 % band"] = bands
-    if routing := routing_layout(module):
-        layout["routing"] = routing
-    return layout

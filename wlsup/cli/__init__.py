@@ -50,6 +50,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "WeightWatcher's figures of a run's weights, or any's",
         "RUN|WEIGHTS [--layers GLOB] [--json]",
     ),
+    "report": (
+        "wlsup.cli.report",
+        "compare runs on one self-contained page",
+        "RUN.. [-o report.html] [--figures DIR] [--json]",
+    ),
     "upcycle": (
         "wlsup.cli.upcycle",
         "turn a dense model's MLPs into mixtures of experts",
@@ -94,6 +99,7 @@ Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the
   --evaluation.metrics LIST     more than k-NN at the end: probe, few_shot, calibration, drift, classes, zero_shot,
                                 retrieval ([drift, classes])
   --captioning.pictures N       of captioners: held-out pictures that are captioned and scored at the end (128)
+  --projector.pictures N        in TensorBoard's projector: so many test pictures of each set, before and after (0)
   --print_config                print the whole resolved configuration
   --help-all                    every option there is (imports torch: some seconds)
 """
@@ -133,7 +139,7 @@ def command_help(command: str) -> str:
         from wlsup.approaches import APPROACHES
 
         return (_FIT_HELP if command == "fit" else _PRETRAIN_HELP).format(approaches=" | ".join(APPROACHES))
-    if command in ("caption", "data", "evaluate", "export", "knn", "spectra", "upcycle", "wise-ft"):
+    if command in ("caption", "data", "evaluate", "export", "knn", "report", "spectra", "upcycle", "wise-ft"):
         return importlib.import_module(COMMANDS[command][0]).HELP
     _, what, use = COMMANDS[command]
     return f"usage: wlsup {command} {use}\n\n{what[0].upper()}{what[1:]}."

@@ -29,6 +29,7 @@ from wlsup.callbacks.guards import Guards
 from wlsup.callbacks.keyed_randomness import KeyedRandomness
 from wlsup.callbacks.knn import KNN
 from wlsup.callbacks.progress import training_progress
+from wlsup.callbacks.projector import Projector
 from wlsup.callbacks.reconstructions import Reconstructions
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.routing import RoutingMonitor
@@ -63,6 +64,7 @@ class WlsupCLI(LightningCLI):
             parser.add_lightning_class_args(Captions, "captioning")
             parser.add_lightning_class_args(WiseFT, "wise_ft")
             parser.add_lightning_class_args(Spectra, "spectra")
+            parser.add_lightning_class_args(Projector, "projector")
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -217,13 +219,31 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     return " ".join(message.split())
 
 
-_NOT_HYPERPARAMETERS = ("config", "run_dir", "runs", "resume", "preset")
+# TensorBoard's HParams tab shows the first five unasked: they are what tells runs apart.
+_FIRST = ("approach", "seed", "model.lr", "data.pairs", "trainer.max_epochs")
+_TRAINER = (
+    "max_epochs",
+    "max_steps",
+    "precision",
+    "gradient_clip_val",
+    "accumulate_grad_batches",
+    "devices",
+    "num_nodes",
+)
+_NOT_HYPERPARAMETERS = (  # where things lie, how much is shown, how fast it is read: nothing that a result depends on
+    "data.seed", "data.num_workers", "data.root", "data.images", "data.captions", "data.manifest", "data.decoder",
+    "data.eval_sets", "data.max_bad_fraction", "data.cache_features", "model.generation.",
+)  # fmt: skip
 
 
 def _hyperparameters(config: Namespace) -> dict[str, bool | int | float | str]:
-    """Return what was chosen, flat, for TensorBoard's HParams tab: no paths of the run, and nothing left unset."""
-    chosen = {key: value for key, value in config.as_dict().items() if key not in _NOT_HYPERPARAMETERS}
-    return {key: value for key, value in _flat(chosen).items() if value != "None"}
+    """Return what was chosen and changes what is trained, flat, for TensorBoard's HParams tab; nothing left unset."""
+    told = config.as_dict()
+    chosen = {name: told.get(name) for name in ("approach", "preset", "model", "data", "optimizer", "lr_scheduler")}
+    chosen["trainer"] = {name: told["trainer"].get(name) for name in _TRAINER}
+    flat = {"seed": told["seed_everything"], **_flat(chosen)}
+    kept = {k: v for k, v in flat.items() if v != "None" and not k.startswith(_NOT_HYPERPARAMETERS)}
+    return {name: kept[name] for name in (*(n for n in _FIRST if n in kept), *kept)}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
