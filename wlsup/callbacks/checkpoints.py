@@ -170,7 +170,7 @@ class Checkpoints(Checkpoint):
         path = folder / LAST
         self._saved = time.monotonic()
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)  # whole, the optimizer too
         except OSError as error:
             reason = f"The checkpoint of step {trainer.global_step} cannot be written to {folder}: {error}."
             if needed:

@@ -118,6 +118,7 @@ def _alone(folder: Path) -> Iterator[None]:
         return
     path = folder / ".lock"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
         raise WlsupError(
@@ -137,18 +138,14 @@ def _alone(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                path.unlink()
+        yield  # the file stays: a lock is on a file, and another run may hold it by now
 
 
 def _forget_unbegun(folder: Path) -> None:
     """Take away the folder of a run that was refused before it wrote its configuration."""
     if (folder / "config.yaml").is_file():
         return
-    for file in (folder / "run.log", *folder.glob("events.out.tfevents.*")):
+    for file in (folder / "run.log", folder / ".lock", *folder.glob("events.out.tfevents.*")):
         file.unlink(missing_ok=True)
     with suppress(OSError):  # something else lies in it: then it stays
         folder.rmdir()
