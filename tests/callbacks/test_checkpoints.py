@@ -47,6 +47,7 @@ class Model(lightning.LightningModule):
         self.ended += 1
 
     def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches  # as a schedule asks; it makes the loaders
         optimizer = torch.optim.AdamW(self.parameters(), 0.1)
         return {"optimizer": optimizer, "lr_scheduler": {
             "scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 12), "interval": "step"}}  # fmt: skip

@@ -114,7 +114,15 @@ class Checkpoints(Checkpoint):
         loop.run = train_or_finish
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Listen to signals, in place of Lightning's own handlers, which were put there just before; count minutes."""
+        """Listen to signals, in place of Lightning's own handlers, which were put there just before; count minutes.
+
+        Lightning gives the loader its place in the epoch back when it first makes it. A schedule that asks how many
+        steps there will be has it made before that place is read, and it would begin the epoch again: so, here.
+        """
+        loop = trainer.fit_loop
+        places, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+        if places and loop._combined_loader is not None:
+            loop._combined_loader._load_state_dicts(places)
         self._saved, self._trained = time.monotonic(), True
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
@@ -169,6 +177,8 @@ class Checkpoints(Checkpoint):
         folder = Path(trainer.default_root_dir) / "checkpoints" if self.folder is None else Path(self.folder)
         path = folder / LAST
         self._saved = time.monotonic()
+        for sink in trainer.loggers:
+            sink.save()  # what was logged until here is not logged again
         try:
             trainer.save_checkpoint(path, weights_only=False)  # whole, the optimizer too
         except OSError as error:
