@@ -146,6 +146,7 @@ def _forget_unbegun(folder: Path) -> None:
     if (folder / "config.yaml").is_file():
         return
     for file in (folder / "run.log", folder / ".lock", *folder.glob("events.out.tfevents.*")):
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
     with suppress(OSError):  # something else lies in it: then it stays
         folder.rmdir()
