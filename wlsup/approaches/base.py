@@ -9,9 +9,8 @@ from torch import Tensor
 
 from wlsup.approaches.checkpoint import StartingPoint, check_checkpoint, pack_checkpoint
 from wlsup.batch import CaptionBatch, ImageSpec, VisionOutput
-from wlsup.models.heads import ContrastiveHead
 from wlsup.models.vision import VisionEncoder
-from wlsup.objectives.contrastive import clamp_logit_scale_
+from wlsup.objectives.contrastive import clamp_logit_scales_
 from wlsup.objectives.regularizers import Regularizer, RegularizerSpec, without_adapters
 from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
 from wlsup.plan import TrainPlan
@@ -128,11 +127,14 @@ class Approach(lightning.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in losses.items()}, batch_size=len(batch), sync_dist=True)
         return self.embed(batch)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take a step, and at once, before anything saves the weights, `after_step`."""
+        super().optimizer_step(*args, **kwargs)
+        self.after_step()
+
+    def after_step(self) -> None:
         """Keep every logit scale in its range."""
-        for module in self.modules():
-            if isinstance(module, ContrastiveHead):
-                clamp_logit_scale_(module.logit_scale)
+        clamp_logit_scales_(self)
 
     def configure_optimizers(self) -> dict:
         """One optimizer over the plan's groups, its schedule stepped every batch."""
