@@ -93,7 +93,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     assert main([
         "fit", "-c", "experiments/base.yaml", "-c", "experiments/film.yaml", "--data.pairs", "32",
-        "--data.batch_size", "16", "--data.validation_pairs", "16", "--data.eval_sets", f"[{', '.join(SETS)}]", "--trainer.max_epochs", "1",
+        "--data.batch_size", "16", "--data.validation_pairs", "16", "--data.eval_sets", f"[{', '.join(SETS)}]",
+        "--trainer.max_epochs", "1",
         "--trainer.log_every_n_steps", "1", "--projector.pictures", "40", "--run_dir", str(folder),
     ]) == 0  # fmt: skip
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})

@@ -32,8 +32,7 @@ class Approach(lightning.LightningModule):
     name: ClassVar[str]
     summary: ClassVar[str]
     untouched: bool = False
-    """The plan leaves the encoder's function as it is: what it makes of a picture never changes, and may be cached. An
-    approach whose configuration decides says it of itself, not of its class."""
+    """The plan leaves the encoder's function as it is (its configuration may decide): features may be cached."""
     cacheable: Literal["", "pooled", "tokens"] = ""
     """What `losses` and `embed` take of pictures, and only through `encode`; "" where they need the pictures."""
     identity_at_start: ClassVar[bool] = True
@@ -41,8 +40,7 @@ class Approach(lightning.LightningModule):
 
     def __init__(self, optimizer: OptimizerSpec, regularizer: RegularizerSpec = RegularizerSpec()) -> None:
         super().__init__()
-        self.optimizer_spec = optimizer
-        self.regularizer = Regularizer(regularizer)
+        self.optimizer_spec, self.regularizer = optimizer, Regularizer(regularizer)
         self.start = StartingPoint()
         self.strict_loading = False  # checkpoints hold trained tensors only; check_checkpoint sees that all are there
 

@@ -5,7 +5,6 @@ Shapes: n bank pictures, m queries, D features, C classes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from wlsup.errors import WlsupError
 from wlsup.evaluation.features import Features
+from wlsup.evaluation.validation import validation_split
 
 __all__ = ["PROTOCOL", "STRENGTHS", "ProbeResult", "fit_logistic", "linear_probe"]
 
@@ -23,7 +23,6 @@ PROTOCOL = "probe:v1 logistic L-BFGS, unit features standardised on the bank, C 
 STRENGTHS: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 """The C that are tried, in scikit-learn's sense: the loss is C times the summed cross-entropy plus half of |W|^2."""
 
-_HELD_OUT = 0.2
 _STEPS = 500
 
 
@@ -82,7 +81,7 @@ def linear_probe(
         WlsupError: if the bank holds fewer than two classes, or labels are out of range.
     """
     _check(bank, queries, num_classes)
-    held_out = _validation_indices(bank.labels)
+    held_out = _held_out(bank)
     fitted = torch.ones(len(bank), dtype=torch.bool)
     fitted[held_out] = False
     validation: dict[float, float] = {}
@@ -175,14 +174,11 @@ def _scores(features: Tensor, weights: Tensor) -> Tensor:
     return features.to(weights.dtype) @ weights[:-1] + weights[-1]
 
 
-def _validation_indices(labels: Tensor, fraction: float = _HELD_OUT) -> Tensor:
-    """Return which bank pictures are held out: of each class this share, rounded down, first by hash of position."""
-    chosen: list[int] = []
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().squeeze(1).tolist()
-        members.sort(key=lambda position: hashlib.sha256(f"wlsup probe {position}".encode()).digest())
-        chosen += members[: int(fraction * len(members))]
-    return torch.tensor(sorted(chosen), dtype=torch.int64)
+def _held_out(bank: Features) -> Tensor:
+    """Return which bank pictures validate, none where every class has a single one."""
+    if bank.labels.bincount().max() < 2:
+        return torch.empty(0, dtype=torch.int64)
+    return validation_split(bank.labels, [str(position) for position in bank.indices.tolist()]).validation
 
 
 def _check(bank: Features, queries: Features, num_classes: int) -> None:
