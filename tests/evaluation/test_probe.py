@@ -16,7 +16,7 @@ from clusters import clusters  # noqa: E402
 
 from wlsup.errors import WlsupError  # noqa: E402
 from wlsup.evaluation.features import Features  # noqa: E402
-from wlsup.evaluation.probe import _validation_indices, fit_logistic, linear_probe, standardise  # noqa: E402
+from wlsup.evaluation.probe import fit_logistic, linear_probe, standardise  # noqa: E402
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 100.0])
@@ -41,14 +41,6 @@ def test_queries_do_not_choose_the_strength_and_the_bank_alone_is_fitted():
     assert first.accuracy > 0.6 > second.accuracy
     assert set(first.validation) == {1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3}
     assert first.validation[first.strength] == max(first.validation.values())
-
-
-def test_the_held_out_part_is_a_stratified_fifth_of_the_bank_and_always_the_same():
-    labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 4)
-    chosen = _validation_indices(labels)
-    assert labels[chosen].bincount(minlength=3).tolist() == [10, 4, 0]
-    assert torch.equal(chosen, _validation_indices(labels))
-    assert chosen.tolist() != list(range(10)) + list(range(50, 54))
 
 
 def test_scale_and_offset_of_single_features_change_nothing():
