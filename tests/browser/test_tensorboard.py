@@ -12,9 +12,10 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from wlsup.callbacks.dashboard import dashboard_layout
+from wlsup.callbacks.dashboard import dashboard_layout, log_hyperparameters
 from wlsup.callbacks.knn import KNN
 from wlsup.callbacks.retrieval import Retrieval
+from wlsup.callbacks.run_folder import FIRST_HYPERPARAMETERS
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 SETS = {"mini_shapes": "in", "mini_digits": "out"}
@@ -39,7 +40,8 @@ def logs(tmp_path_factory):
             "data.pairs": 64,
             "trainer.max_epochs": 2,
         }
-        board.log_hyperparams(hyperparameters | {"model.weight_decay": 0.05}, {"summary/in_domain_delta": 0.0})
+        more = {"model.a": 0.05, "data.a": 1, "data.b": 2, "data.c": 3}
+        log_hyperparameters(board, hyperparameters | more, ["summary/in_domain_delta"], FIRST_HYPERPARAMETERS)
         for step in range(0, 20, 5):
             metrics = {f"knn/{name}": 0.5 for name in SETS} | {f"knn_delta/{name}": step / 100 for name in SETS}
             metrics |= {f"{part}/{loss}": 3 - step / 10 for part in ("train", "val")

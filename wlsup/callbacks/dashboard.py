@@ -8,11 +8,14 @@ matches from the start of a tag: each ends in ``$``, or "R@1" would draw "R@10" 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
+from torch.utils.tensorboard.summary import hparams
 
 from wlsup.batch import EvalSet
 from wlsup.callbacks.captions import Captions
@@ -21,7 +24,7 @@ from wlsup.callbacks.knn import KNN
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.routing import routing_layout
 
-__all__ = ["Layout", "dashboard_layout"]
+__all__ = ["Layout", "dashboard_layout", "log_hyperparameters"]
 
 Layout = dict[str, dict[str, list]]  # group -> chart -> ["Multiline" or "Margin", tags]
 
@@ -73,6 +76,32 @@ def dashboard_layout(callbacks: Iterable[Callback], module: nn.Module) -> Layout
     if Guards.__name__ in found:
         layout["the run itself"]["skipped steps, loss spikes (none: no line)"] = _lines("guards/.+")
     return layout
+
+
+def log_hyperparameters(
+    board: TensorBoardLogger, hyperparameters: Mapping[str, Any], metrics: Sequence[str], first: Sequence[str]
+) -> None:
+    """Log what was chosen, so that the HParams tab compares runs by what tells them apart.
+
+    The tab shows five hyperparameters unasked: those marked as differing, then by name. A run that has just started
+    does not know the others, so what usually tells runs apart is marked. Metrics are shown in the order given.
+
+    Args:
+        board: the run's.
+        hyperparameters: name to bool, number or text.
+        metrics: tags of the scalars that runs are judged by, whose last value is shown.
+        first: names of the hyperparameters to mark.
+    """
+    board.log_hyperparams(hyperparameters)  # hparams.yaml; without metrics it writes nothing else
+    experiment, *session = hparams(dict(hyperparameters), dict.fromkeys(metrics, 0.0))
+    held = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(held.content)
+    for info in data.experiment.hparam_infos:
+        if "differs" in info.DESCRIPTOR.fields_by_name:  # since TensorBoard 2.15
+            info.differs = info.name in first
+    held.content = data.SerializeToString()
+    for summary in (experiment, *session):
+        board.experiment._get_file_writer().add_summary(summary)
 
 
 def _domain(domain: str, names: Sequence[str], *, wise_ft: bool) -> dict[str, list]:

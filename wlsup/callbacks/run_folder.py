@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from wlsup.callbacks.captions import Captions
-from wlsup.callbacks.dashboard import dashboard_layout
+from wlsup.callbacks.dashboard import dashboard_layout, log_hyperparameters
 from wlsup.callbacks.guards import Guards
 from wlsup.callbacks.knn import KNN, domain_intervals, domain_means
 from wlsup.callbacks.retrieval import Retrieval
@@ -31,10 +31,12 @@ from wlsup.evaluation.task_table import print_task_table, task_markdown
 from wlsup.files import write_json, write_text
 from wlsup.plan import plan_markdown
 
-__all__ = ["RunFolder", "environment", "peak_memory", "processor_seconds"]
+__all__ = ["FIRST_HYPERPARAMETERS", "RunFolder", "environment", "peak_memory", "processor_seconds"]
 
 logger = logging.getLogger("wlsup")
 
+# What tells runs apart: the HParams tab shows five unasked.
+FIRST_HYPERPARAMETERS = ("approach", "seed", "model.lr", "data.pairs", "trainer.max_epochs")
 _PACKAGES = ("wlsup", "torch", "torchvision", "lightning", "timm", "transformers", "numpy", "faiss-cpu")
 
 
@@ -124,14 +126,11 @@ class RunFolder(Callback):
         write_json(self.folder / "plan.json", {"approach": pl_module.name, "bases": pl_module.bases, **plan})
         logger.info("%s %s", pl_module.name, pl_module.plan.summary(pl_module))
         knn = _find(trainer, KNN)
-        metrics = knn.baseline_metrics() if knn else {}
-        # The HParams tab shows the first few unasked: the changes at home and away, then those of the sets.
-        metrics = dict(sorted(metrics.items(), key=lambda item: ("summary", "knn_delta").index(item[0].split("/")[0])
-                              if item[0].startswith(("summary/", "knn_delta/")) else 2))  # fmt: skip
+        metrics = sorted(knn.baseline_metrics() if knn else (), key=_prominence)
         for board in _boards(trainer):
             board.experiment.add_text("plan", plan_markdown(plan), 0)
             board.experiment.add_custom_scalars(dashboard_layout(trainer.callbacks, pl_module))
-            board.log_hyperparams(self.hyperparameters, metrics)
+            log_hyperparameters(board, self.hyperparameters, metrics, FIRST_HYPERPARAMETERS)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -225,3 +224,8 @@ def _find(trainer: lightning.Trainer, kind: type) -> Any:
 
 def _boards(trainer: lightning.Trainer) -> list[TensorBoardLogger]:
     return [sink for sink in trainer.loggers if isinstance(sink, TensorBoardLogger)]
+
+
+def _prominence(metric: str) -> int:
+    """Return a metric's place among those that runs are judged by: changes at home and away, of sets, accuracies."""
+    return next(place for place, start in enumerate(("summary/", "knn_delta/", "")) if metric.startswith(start))

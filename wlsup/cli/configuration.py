@@ -32,7 +32,7 @@ from wlsup.callbacks.projector import Projector
 from wlsup.callbacks.reconstructions import Reconstructions
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.routing import RoutingMonitor
-from wlsup.callbacks.run_folder import RunFolder
+from wlsup.callbacks.run_folder import FIRST_HYPERPARAMETERS, RunFolder
 from wlsup.callbacks.spectra import Spectra
 from wlsup.callbacks.wise_ft import WiseFT
 from wlsup.checkpoint_file import read_checkpoint
@@ -228,8 +228,6 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     return " ".join(message.split())
 
 
-# TensorBoard's HParams tab shows the first five unasked: they are what tells runs apart.
-_FIRST = ("approach", "seed", "model.lr", "data.pairs", "trainer.max_epochs")
 _TRAINER = (
     "max_epochs",
     "max_steps",
@@ -252,7 +250,7 @@ def _hyperparameters(config: Namespace) -> dict[str, bool | int | float | str]:
     chosen["trainer"] = {name: told["trainer"].get(name) for name in _TRAINER}
     flat = {"seed": told["seed_everything"], **_flat(chosen)}
     kept = {k: v for k, v in flat.items() if v != "None" and not k.startswith(_NOT_HYPERPARAMETERS)}
-    return {name: kept[name] for name in (*(n for n in _FIRST if n in kept), *kept)}
+    return {name: kept[name] for name in (*(n for n in FIRST_HYPERPARAMETERS if n in kept), *kept)}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
