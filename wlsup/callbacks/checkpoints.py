@@ -18,13 +18,17 @@ from lightning.pytorch.trainer import call
 
 from wlsup.checkpoint_file import LAST, read_checkpoint, save_checkpoint_file
 from wlsup.errors import WlsupError
+from wlsup.files import write_text
 
-__all__ = ["STOPPED", "CheckpointFiles", "Checkpoints", "StoppedEarly", "parse_time_limit"]
+__all__ = ["STOPPED", "STOPPED_FILE", "CheckpointFiles", "Checkpoints", "StoppedEarly", "parse_time_limit"]
 
 logger = logging.getLogger("wlsup")
 
 STOPPED = 75
 """Exit code of a run that stopped with a checkpoint because it was told to: try again (EX_TEMPFAIL of sysexits.h)."""
+
+STOPPED_FILE = "stopped"
+"""Beside the checkpoint until the run goes on: a launcher may give another process's code than `STOPPED`."""
 
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name)
@@ -124,6 +128,8 @@ class Checkpoints(Checkpoint):
         if places and loop._combined_loader is not None:
             loop._combined_loader._load_state_dicts(places)
         self._saved, self._trained = time.monotonic(), True
+        if trainer.is_global_zero:
+            (self._folder(trainer) / STOPPED_FILE).unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
@@ -144,7 +150,11 @@ class Checkpoints(Checkpoint):
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
             why = why or ("another process of the run was told to stop" if stop else None)
         if why is not None:
-            raise StoppedEarly(why, trainer.global_step, self._save(trainer, needed=True))
+            path = self._save(trainer, needed=True)
+            if trainer.is_global_zero:
+                write_text(path.with_name(STOPPED_FILE), f"step {trainer.global_step}: {why}\n")
+            trainer.strategy.barrier()  # a launcher kills the others once one has ended
+            raise StoppedEarly(why, trainer.global_step, path)
         if due:
             self._save(trainer, needed=False)
 
@@ -173,8 +183,11 @@ class Checkpoints(Checkpoint):
             return f"time limit of {self.time_limit:.0f} s"
         return None
 
+    def _folder(self, trainer: lightning.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints" if self.folder is None else Path(self.folder)
+
     def _save(self, trainer: lightning.Trainer, *, needed: bool) -> Path:
-        folder = Path(trainer.default_root_dir) / "checkpoints" if self.folder is None else Path(self.folder)
+        folder = self._folder(trainer)
         path = folder / LAST
         self._saved = time.monotonic()
         for sink in trainer.loggers:

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -31,7 +32,9 @@ from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.routing import RoutingMonitor
 from wlsup.callbacks.run_folder import RunFolder
 from wlsup.checkpoint_file import read_checkpoint
+from wlsup.cli.environments import cluster_environment
 from wlsup.cli.lacking import refuse_what_lacks
+from wlsup.cli.launch_check import check_this_launch
 from wlsup.cli.loggers import run_loggers
 from wlsup.cli.recipes import approach_named_in
 from wlsup.cli.training import RUN_DIR, resumption
@@ -72,7 +75,8 @@ class WlsupCLI(LightningCLI):
             raise WlsupError(_explain(str(error), parser)) from error
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a run that lacks several things with all of them listed, before weights are fetched."""
+        """Refuse a wrong launch, and a run that lacks several things with all listed, before anything is made."""
+        check_this_launch(self.config)
         refuse_what_lacks(self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
@@ -87,7 +91,11 @@ class WlsupCLI(LightningCLI):
         plugins = self.config.trainer.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, CheckpointFiles()]
+            plugins = [*plugins, CheckpointFiles()]
+        environment = cluster_environment(os.environ)
+        if environment is not None and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            plugins = [*plugins, environment]
+        kwargs["plugins"] = plugins
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> lightning.Trainer:
