@@ -8,9 +8,10 @@ fail() {
     exit 2
 }
 
-# Fill the array OPTIONS with the run's options, and set RUN_DIR, NODES and PROCESSES having been set by the caller.
+# Fill the array OPTIONS with the run's options. RUN_DIR, NODES and PROCESSES are set by then, and LIMIT, the seconds
+# after which training stops with a checkpoint, where there is one. What ARGS says comes last, and wins.
 wlsup_options() {
-    local approach=${APPROACH:-film} preset=${PRESET:-mini} overlay arguments
+    local approach=${APPROACH:-film} preset=${PRESET:-mini} overlay arguments argument
     [ -f "experiments/$approach.yaml" ] ||
         fail "APPROACH=$approach has no recipe experiments/$approach.yaml; the recipes are: $(recipes)."
     OPTIONS=(-c experiments/base.yaml -c "experiments/$approach.yaml")
@@ -30,6 +31,7 @@ wlsup_options() {
     OPTIONS+=(--trainer.num_nodes "$NODES" --trainer.devices "$PROCESSES")
     [ -z "${STRATEGY:-}" ] || OPTIONS+=(--trainer.strategy "$STRATEGY")
     [ -z "${PRECISION:-}" ] || OPTIONS+=(--trainer.precision "$PRECISION")
+    [ -z "${LIMIT:-}" ] || OPTIONS+=(--checkpoints.time_limit "${LIMIT}s")
     if [ -n "${ARGS:-}" ]; then # as make's shell does: split at blanks, with quotes holding together
         arguments=$(printf '%s\n' "$ARGS" | xargs printf '%s\n') || fail "ARGS has a quote without its partner: $ARGS"
         while IFS= read -r argument; do OPTIONS+=("$argument"); done <<<"$arguments"
@@ -66,6 +68,7 @@ checkpoint_mark() { stat -c '%Y.%s.%i' "$RUN_DIR/checkpoints/last.ckpt" 2>/dev/n
 stopped() { [ -f "$RUN_DIR/checkpoints/stopped" ]; }
 
 # Run a command so that this shell's traps work while it does; set CODE to its exit code.
+# shellcheck disable=SC2034 # CODE is for the caller
 run_trapped() {
     local status
     "$@" &

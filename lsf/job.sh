@@ -2,25 +2,19 @@
 # shellcheck shell=bash
 set -euo pipefail
 
-[ -f cluster/common.sh ] || {
-    echo "wlsup: error: $PWD is not the repository's root: submit from there, or set WLSUP_HOME." >&2
-    exit 2
-}
 # shellcheck source=cluster/common.sh
 source cluster/common.sh
 # shellcheck source=lsf/env.sh
 source lsf/env.sh
 
 [ -r "${LSB_DJOB_RANKFILE:-}" ] ||
-    fail "LSF names no rank file that can be read (LSB_DJOB_RANKFILE=${LSB_DJOB_RANKFILE:-}): run this by bsub, on a site with jsrun."
+    fail "there is no rank file to read (LSB_DJOB_RANKFILE=${LSB_DJOB_RANKFILE:-}): submit this by bsub, to an LSF with jsrun."
 # its first line is the launch node; every other one a slot of a compute node
-NODES=$(tail -n +2 "$LSB_DJOB_RANKFILE" | sort -u | grep -c .) || fail "the rank file $LSB_DJOB_RANKFILE names no compute node."
+NODES=$(tail -n +2 "$LSB_DJOB_RANKFILE" | sort -u | grep -c .) ||
+    fail "the rank file $LSB_DJOB_RANKFILE names no compute node; ask for some with bsub -nnodes."
 PROCESSES=$GPUS_PER_NODE
 export RUN_DIR=${RUN_DIR:-$(run_dir_of "lsf-${LSB_JOBID:-0}")}
-wlsup_options
 
-limit=$(($(seconds_of "$WALLTIME") - $(seconds_of "$MARGIN") - SECONDS))
-[ "$limit" -gt 0 ] || fail "WALLTIME=$WALLTIME leaves nothing of MARGIN=$MARGIN, in which the last step and the checkpoint are written."
 # -X 1: one process that fails ends all, which would wait for it otherwise
 on_nodes=(jsrun -X 1 -n "$NODES" -r1 -a1 -c1)
 
@@ -29,8 +23,12 @@ if [ -n "${SHARDS:-}" ]; then
     staged=$NVME/wlsup-${LSB_JOBID:-0}
     export WLSUP_STAGED=$staged
     "${on_nodes[@]}" cluster/stage.sh "$SHARDS" "$staged"
-    limit=$((limit - SECONDS))
 fi
+# training stops so long after its start; what has gone by since the job's is SECONDS
+LIMIT=$(($(seconds_of "$WALLTIME") - $(seconds_of "$MARGIN") - SECONDS))
+[ "$LIMIT" -gt 0 ] ||
+    fail "WALLTIME=$WALLTIME leaves nothing of MARGIN=$MARGIN, in which the last step and the checkpoint are written."
+wlsup_options
 
 # LSF sends SIGUSR2 at the run limit and kills ten minutes later; bkill and the like send SIGINT and SIGTERM
 CHILD='' SIGNALLED='' at_limit='' cancelled=''
@@ -39,11 +37,12 @@ trap 'SIGNALLED=1 cancelled=1; [ -z "$CHILD" ] || kill -TERM "$CHILD" 2>/dev/nul
 
 before=$(checkpoint_mark)
 rm -f "$RUN_DIR/checkpoints/stopped"
-say "job ${LSB_JOBID:-}: $NODES nodes x $PROCESSES processes, $limit s, into $RUN_DIR"
+say "job ${LSB_JOBID:-}: $NODES nodes x $PROCESSES processes, $LIMIT s, into $RUN_DIR"
 run_trapped jsrun -X 1 -n "$NODES" -r1 "-a$GPUS_PER_NODE" "-g$GPUS_PER_NODE" "-c$CORES_PER_NODE" \
     -b "packed:$((CORES_PER_NODE / GPUS_PER_NODE))" -d packed --smpiargs=-disable_gpu_hooks \
-    "$PYTHON" -m wlsup fit "${OPTIONS[@]}" --checkpoints.time_limit "${limit}s"
+    "$PYTHON" -m wlsup fit "${OPTIONS[@]}"
 
+! stopped || CODE=75 # whatever the launcher made of it
 [ -z "$staged" ] || "${on_nodes[@]}" cluster/stage.sh --remove "$staged" || true # a node's disk is wiped anyway
 if [ "$CODE" = 0 ]; then
     say "the run is finished: $RUN_DIR/results.json"

@@ -18,7 +18,7 @@ ALLOWED = {
     "models": {"models", "batch", "draws", "errors", "files", "plan"},
     "adapters": {"adapters", "batch", "errors", "plan"},
     "fusion": {"fusion", "adapters", "batch", "errors", "plan"},
-    "moe": {"moe", "models", "batch", "errors", "plan"},
+    "moe": {"moe", "models", "batch", "draws", "errors", "plan"},
     "reprogramming": {"reprogramming", "models", "batch", "draws", "errors", "plan", "optim"},
     "selection": {"selection", "batch", "errors"},
     "objectives": {"objectives", "models", "batch", "draws", "errors"},

@@ -32,9 +32,8 @@ class Cluster:
         (folder / "cluster.json").write_text(json.dumps(description))
 
     def environ(self, **variables):
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "LSB", "JSM", "WLSUP"))
-        }
+        theirs = ("SLURM", "LSB", "JSM", "WLSUP", "MASTER_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
         return kept | {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "FAKE_CLUSTER": str(self.folder), "PYTHONPATH": str(ROOT),
             "PYTHON": sys.executable, "LSB_DEFAULTPROJECT": "abc123", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",

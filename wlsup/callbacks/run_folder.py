@@ -23,6 +23,7 @@ from wlsup.callbacks.guards import Guards
 from wlsup.callbacks.knn import KNN, domain_means
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.routing import routing_layout
+from wlsup.draws import alone
 from wlsup.evaluation.caption_table import caption_markdown, print_caption_table
 from wlsup.evaluation.knn import PROTOCOL
 from wlsup.evaluation.table import knn_markdown, print_knn_table
@@ -138,8 +139,9 @@ class RunFolder(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Have the approach measure what it is about beside k-NN, while it is still on its device."""
         self.memory = peak_memory()
-        if trainer.is_global_zero:
-            self.task = pl_module.eval().measure(trainer.datamodule) if hasattr(pl_module, "measure") else {}
+        if trainer.is_global_zero and hasattr(pl_module, "measure"):
+            with alone():
+                self.task = pl_module.eval().measure(trainer.datamodule)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write results.json and show the table."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wlsup.cli.environments import Placement, placement
+from wlsup.cli.logs import log_to_terminal
 from wlsup.errors import WlsupError
 
 __all__ = ["Asked", "Machine", "check_launch", "check_this_launch"]
@@ -93,6 +94,8 @@ def check_this_launch(config: Any) -> None:
     where = placement(os.environ, here)
     trainer = config.trainer
     strategy = trainer.strategy
+    if where is not None and where.rank:
+        log_to_terminal(quiet=True)  # what rank 0 says stands for all; warnings come from each
     asked = Asked(
         trainer.num_nodes,
         trainer.devices,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from wlsup.draws import processes
 from wlsup.errors import WlsupError
 
 __all__ = ["Ranks", "gather_with_grad", "mean_over_ranks", "meet"]
@@ -122,7 +123,7 @@ def meet(
     Raises:
         WlsupError: this rank has a ``problem``, another rank has one, or the ranks disagree.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if processes()[0] == 1 or dist.get_world_size(group) == 1:
         if problem:
             raise WlsupError(problem)
         return Ranks((len(x),)), tuple(wishes)
@@ -169,12 +170,13 @@ def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
     Returns:
         (), the same on all ranks.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    world, _ = processes()
+    if world == 1:
         return total / count.clamp(min=1)
     both = torch.stack([total.detach().double(), count.double()])
     dist.all_reduce(both)
     share = total / both[1].clamp(min=1).to(total.dtype)
-    return (both[0] / both[1].clamp(min=1)).to(total.dtype) + dist.get_world_size() * (share - share.detach())
+    return (both[0] / both[1].clamp(min=1)).to(total.dtype) + world * (share - share.detach())
 
 
 class _Gather(torch.autograd.Function):
