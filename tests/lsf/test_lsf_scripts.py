@@ -19,6 +19,8 @@ SCRIPTS = sorted(
     for path in (ROOT / folder).iterdir()
     if path.suffix in (".sh", ".lsf", ".sbatch")
 )
+pytestmark = pytest.mark.multiprocess
+
 HOSTS = [{"listed": f"node{i}", "hostname": f"node{i}"} for i in (1, 2)]
 
 
