@@ -27,8 +27,8 @@ else
     [ -f "$WLSUP_SCRIPT" ] || fail "There is no script $WLSUP_SCRIPT in $PWD."
     case ${JOBS:=12} in *[!0-9]* | 0) fail "JOBS=$JOBS is not a number of jobs." ;; esac
     shift
-    export WLSUP_JOBS_LEFT=$JOBS WLSUP_BSUB
-    WLSUP_BSUB=$(printf '%q ' "$@") # the options go on to every job
+    export WLSUP_JOBS_LEFT=$JOBS WLSUP_BSUB=''
+    [ $# = 0 ] || WLSUP_BSUB=$(printf '%q ' "$@") # the options go on to every job
     [ -z "${RUN_DIR:-}" ] || rm -f "$RUN_DIR/.idle"
 fi
 options=()

@@ -8,7 +8,7 @@ import lightning
 import pytest
 import torch
 
-from wlsup.callbacks.checkpoints import CheckpointFiles, Checkpoints, StoppedEarly, parse_time_limit
+from wlsup.callbacks.checkpoints import STOPPED_FILE, CheckpointFiles, Checkpoints, StoppedEarly, parse_time_limit
 from wlsup.checkpoint_file import read_checkpoint
 from wlsup.data.loader import make_loader
 from wlsup.data.sampler import EpochSampler
@@ -84,7 +84,10 @@ def test_a_signal_saves_after_the_step_and_the_resumed_run_ends_bit_for_bit_as_t
     assert stopped.value.step == step + 1
     assert number.name in stopped.value.why
     assert cut.ended == 0  # nothing is evaluated in a run that must be gone soon
+    told = stopped.value.path.with_name(STOPPED_FILE)  # what the scripts of a cluster go by
+    assert told.read_text() == f"step {step + 1}: {number.name}\n"
     resumed = fit(tmp_path, Model(), resume=str(stopped.value.path))
+    assert not told.exists()
     assert cut.losses + resumed.losses == unbroken.losses
     assert torch.equal(resumed.layer.weight, unbroken.layer.weight)
 

@@ -78,7 +78,7 @@ def test_wise_ft_and_spectra_have_charts_where_they_are_on():
     wise_ft.enabled = spectra.enabled = False
     layout = dashboard_layout([knn_of(a="in"), wise_ft, spectra], Module())
     assert not {"WiSE-FT", "spectra"} & set(layout)
-    assert len(layout["in domain"]) == 3
+    assert len(layout["in domain"]) == 4
 
 
 def test_learning_rates_with_brackets_which_tensorboard_cannot_draw_are_left_out():
@@ -112,6 +112,7 @@ def test_every_chart_of_a_real_run_has_lines(run):
     for group, charts in groups.items():
         for chart in charts:
             lines = [tag for tag in tags if any(re.match(pattern, tag) for pattern in chart.multiline.tag)]
+            lines += [line for band in chart.margin.series for line in (band.value, band.lower, band.upper) if line in tags]
             assert lines or chart.title == NEVER_IN_A_HEALTHY_RUN, (group, chart.title)
 
 

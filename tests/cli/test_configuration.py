@@ -29,16 +29,17 @@ def test_the_processes_of_one_run_are_told_its_folder(tmp_path, monkeypatch):
     fit = SimpleNamespace(
         run_dir=tmp_path,
         config=Namespace(resume=None),
+        resumption=training.Resumption(),
         model=None,
         datamodule=None,
         trainer=SimpleNamespace(
             is_global_zero=False, fit=lambda *args, **kwargs: seen.append(os.environ["WLSUP_RUN_DIR"])
         ),
     )
-    configuration.train(fit)
+    training.train(fit)
     assert seen == [str(tmp_path)]
     monkeypatch.setenv("WLSUP_RUN_DIR", "/given/from/outside")
-    configuration.train(fit)
+    training.train(fit)
     assert os.environ["WLSUP_RUN_DIR"] == "/given/from/outside"
 
 

@@ -1,6 +1,5 @@
 """A fake cluster on the PATH; two nodes with networks of their own, where there is root."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -39,11 +38,11 @@ class Cluster:
             "PYTHON": sys.executable, "LSB_DEFAULTPROJECT": "abc123", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         } | {name: str(value) for name, value in variables.items()}  # fmt: skip
 
-    def call(self, *command, stdin=None, **variables):
+    def call(self, *command, stdin=None, timeout=60, **variables):
         """Run a command, such as bsub, in the repository."""
         return subprocess.run(
             list(map(str, command)), cwd=self.work, env=self.environ(**variables), text=True, input=stdin,
-            capture_output=True, timeout=60,
+            capture_output=True, timeout=timeout,
         )  # fmt: skip
 
     def jobs(self):
@@ -119,11 +118,3 @@ def two_networks():
 def networks():
     with two_networks() as hosts:
         yield hosts
-
-
-def load(path):
-    """Import a Python file by its path."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -19,6 +19,8 @@ SCRIPTS = sorted(
     for path in (ROOT / folder).iterdir()
     if path.suffix in (".sh", ".lsf", ".sbatch")
 )
+pytestmark = pytest.mark.multiprocess
+
 HOSTS = [{"listed": f"node{i}", "hostname": f"node{i}"} for i in (1, 2)]
 
 
@@ -205,6 +207,12 @@ def test_at_the_run_limit_sigusr2_stops_the_run_and_the_chain_goes_on(lsf):
     submit(lsf, "lsf/chain.sh", "lsf/summit.lsf", "-W", "0:15", GPUS_PER_NODE=2)
     assert lsf.wait(2) == [75, 0], log(lsf)
     assert (lsf.run_dir / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_run_that_ends_at_the_limit_without_having_saved_is_followed_too(lsf):
+    lsf = lsf("unready", "finish", minute=0.8, grace=30)  # it was still starting, or evaluating
+    submit(lsf, "lsf/chain.sh", "lsf/summit.lsf", "-W", "0:15", GPUS_PER_NODE=1)
+    assert lsf.wait(2) == [140, 0], log(lsf)
 
 
 def test_what_heeds_no_signal_is_killed_and_ends_the_chain(lsf):

@@ -9,6 +9,8 @@ import pytest
 
 from .conftest import ROOT, Cluster
 
+pytestmark = pytest.mark.multiprocess
+
 HOSTS = [{"listed": f"node{i}", "hostname": f"node{i}"} for i in (1, 2)]
 
 

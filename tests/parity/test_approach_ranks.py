@@ -18,6 +18,7 @@ from wlsup.approaches import APPROACHES, approach_class
 from wlsup.batch import CaptionBatch
 from wlsup.data.datamodule import CaptionDataModule
 from wlsup.draws import share, unshare
+from wlsup.models.prefix import PrefixSpec
 from wlsup.moe import MoESpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec
@@ -26,17 +27,21 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 B, WORLD, TIMEOUT = 8, 2, 420
 
+DRY = PrefixSpec(dropout=0.0)  # what a layer draws on its own is each process's
 MOE = {"experts": 4, "k": 2, "jitter": 0.0, "balance_weight": 0.1}
 CASES = {name: (name, {}) for name in APPROACHES} | {
+    "mae_lm": ("mae_lm", {"prefix": DRY}),
+    "linear_map": ("linear_map", {"prefix": DRY}),
+    "magma": ("magma", {"prefix": DRY}),
     "reprogramming": ("reprogramming", {"probe_pictures": 100}),
-    "cross_modal_reprogramming": ("cross_modal_reprogramming", {"probe_pictures": 100}),
+    "cross_modal_reprogramming": ("cross_modal_reprogramming", {"probe_pictures": 100, "penalty": 0.0}),
     "film, siglip, masked": ("film", {"objective": ObjectiveSpec(contrastive="siglip", contrastive_view="masked")}),
     "full, regularised": ("full", {"regularizer": RegularizerSpec(distill=1.0, l2sp=0.1)}),
     "selective_k, rgn": ("selective_k", {"criterion": "rgn", "k": 2}),
     "selective_k, fisher": ("selective_k", {"criterion": "fisher", "k": 2}),
-    "magma_moe": ("magma_moe", {"moe": MoESpec(**MOE)}),
-    "magma_moe, ffn, hash": ("magma_moe", {"mixture": "ffn", "moe": MoESpec(experts=4, k=1, router="hash")}),
-    "magma_moe, bias": ("magma_moe", {"moe": MoESpec(**{**MOE, "balance": "bias", "bias_rate": 0.05})}),
+    "magma_moe": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**MOE)}),
+    "magma_moe, ffn, hash": ("magma_moe", {"prefix": DRY, "mixture": "ffn", "moe": MoESpec(experts=4, k=1, router="hash")}),
+    "magma_moe, bias": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**{**MOE, "balance": "bias", "bias_rate": 0.05})}),
 }
 WORDS = "red blue green square circle star left right above small large sand grass water night brick"
 WORDS = WORDS.split(" ")
@@ -139,11 +144,13 @@ def test_the_ranks_together_give_one_processs_loss_and_gradients(case, folder):
     ranks = [torch.load(folder / f"{number}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
     whole = step(*CASES[case], 0, 1)
     assert any(name.startswith("gradient") for name in whole)
+    gradients = [value.norm() for name, value in whole.items() if name.startswith("gradient")]
+    least = 1e-2 * float(torch.stack(gradients).norm())  # a gate's own gradient may be next to nothing
     for name, truth in whole.items():
         if name in UNWEIGHTED:
             continue
         mean = sum(found[name] for found in ranks) / WORLD
-        error = float((mean - truth).norm() / truth.norm().clamp(min=1e-4))
+        error = float((mean - truth).norm() / truth.norm().clamp(min=least if name.startswith("gradient") else 1e-4))
         assert error <= 1e-5, f"{name}: {error:.2e}"
         if not name.startswith("loss"):
             assert torch.equal(ranks[0][name], ranks[1][name]), name

@@ -97,6 +97,7 @@ class Checkpoints(Checkpoint):
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
         self._trained = False
+        self._stopped: StoppedEarly | None = None
 
     @property
     def state_key(self) -> str:
@@ -136,11 +137,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, or if the run is to stop.
-
-        Raises:
-            StoppedEarly: saved, and told to stop.
-        """
+        """Save if it is time, or if the run is to stop."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # half of a step's gradients cannot be saved
         why = self._stop_reason()
@@ -153,13 +150,35 @@ class Checkpoints(Checkpoint):
             path = self._save(trainer, needed=True)
             if trainer.is_global_zero:
                 write_text(path.with_name(STOPPED_FILE), f"step {trainer.global_step}: {why}\n")
-            trainer.strategy.barrier()  # a launcher kills the others once one has ended
-            raise StoppedEarly(why, trainer.global_step, path)
-        if due:
+            self._stopped = StoppedEarly(why, trainer.global_step, path)
+        elif due:
             self._save(trainer, needed=False)
 
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop, if the run is to: only now, for Lightning logs a step after the hooks at its end.
+
+        Raises:
+            StoppedEarly: saved, and told to stop.
+        """
+        self._stop(trainer)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop, if the run is to, after the last step of an epoch.
+
+        Raises:
+            StoppedEarly: saved, and told to stop.
+        """
+        self._stop(trainer)
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save; the last one of a run must succeed."""
+        """Save; the last one of a run must succeed.
+
+        Raises:
+            StoppedEarly: the last step was to be the last of all, and there is no validation after it.
+        """
+        self._stop(trainer)
         last = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
         self._save(trainer, needed=last or trainer.should_stop)
 
@@ -175,6 +194,15 @@ class Checkpoints(Checkpoint):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or number
+
+    def _stop(self, trainer: lightning.Trainer) -> None:
+        if self._stopped is None:
+            return
+        stopped, self._stopped = self._stopped, None
+        for sink in trainer.loggers:
+            sink.save()
+        trainer.strategy.barrier()  # a launcher kills the others once one has ended
+        raise stopped
 
     def _stop_reason(self) -> str | None:
         if self._signal is not None:

@@ -162,7 +162,7 @@ def _along(
     from wlsup.callbacks.spectra import along_entry
     from wlsup.cli.configuration import read_checkpoint
 
-    others = [path for path in (folder / "checkpoints").glob("*.ckpt") if path.stem != "last"]
+    others = [path for path in (folder / "checkpoints").glob("*.ckpt") if path.stem not in ("last", "previous")]
     checkpoints = sorted(((read_checkpoint(path), path) for path in others), key=lambda pair: pair[0]["global_step"])
     entries = []
     for checkpoint, path in checkpoints:
