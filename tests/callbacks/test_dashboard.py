@@ -112,7 +112,9 @@ def test_every_chart_of_a_real_run_has_lines(run):
     for group, charts in groups.items():
         for chart in charts:
             lines = [tag for tag in tags if any(re.match(pattern, tag) for pattern in chart.multiline.tag)]
-            lines += [line for band in chart.margin.series for line in (band.value, band.lower, band.upper) if line in tags]
+            lines += [
+                line for band in chart.margin.series for line in (band.value, band.lower, band.upper) if line in tags
+            ]
             assert lines or chart.title == NEVER_IN_A_HEALTHY_RUN, (group, chart.title)
 
 

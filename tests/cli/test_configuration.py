@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from jsonargparse import Namespace
 
-from wlsup.cli import configuration, main
+from wlsup.cli import configuration, main, training
 
 SMALL = [
     "fit", "-c", "experiments/base.yaml", "-c", "experiments/film.yaml", "--data.pairs", "32",

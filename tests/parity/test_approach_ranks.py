@@ -40,7 +40,10 @@ CASES = {name: (name, {}) for name in APPROACHES} | {
     "selective_k, rgn": ("selective_k", {"criterion": "rgn", "k": 2}),
     "selective_k, fisher": ("selective_k", {"criterion": "fisher", "k": 2}),
     "magma_moe": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**MOE)}),
-    "magma_moe, ffn, hash": ("magma_moe", {"prefix": DRY, "mixture": "ffn", "moe": MoESpec(experts=4, k=1, router="hash")}),
+    "magma_moe, ffn, hash": (
+        "magma_moe",
+        {"prefix": DRY, "mixture": "ffn", "moe": MoESpec(experts=4, k=1, router="hash")},
+    ),
     "magma_moe, bias": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**{**MOE, "balance": "bias", "bias_rate": 0.05})}),
 }
 WORDS = "red blue green square circle star left right above small large sand grass water night brick"
