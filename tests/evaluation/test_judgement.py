@@ -48,7 +48,6 @@ def test_a_better_encoder_is_better_by_every_accuracy(better):
     for one in (better["knn"], better["probe"], better["few_shot"]["centroid"]["3"]):
         assert one["ci95"][0] > 0
         assert one["delta"] == pytest.approx(one["finetuned"] - one["pretrained"])
-    assert better["calibration"]["probe"]["nll"]["ci95"][1] < 0
     assert better["drift"]["cka"] < 0.9
 
 
