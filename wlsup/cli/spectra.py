@@ -90,7 +90,7 @@ def run(arguments: list[str]) -> int:
     if out is not None:
         from wlsup.callbacks.progress import progress
 
-        title = f"{analysis.title}: alpha by depth"
+        title = f"{analysis.name}: alpha by depth"
         if options.no_figures:
             write_spectra(out, report, analysis.columns, figures=False)
         else:
@@ -108,8 +108,8 @@ def run(arguments: list[str]) -> int:
 class _Analysis:
     """What was looked at and found."""
 
-    def __init__(self, title: str, views: Sequence[WeightView], left_out: Sequence[LeftOut]) -> None:
-        self.title, self.views, self.left_out = title, views, left_out
+    def __init__(self, name: str, title: str, views: Sequence[WeightView], left_out: Sequence[LeftOut]) -> None:
+        self.name, self.title, self.views, self.left_out = name, title, views, left_out
         self.columns: dict[str, dict[str, LayerSpectrum]] = {}
         self.along: list[dict[str, Any]] = []
 
@@ -128,7 +128,7 @@ def _of_run(folder: Path, options: argparse.Namespace, spec: SpectraSpec) -> _An
     arguments = ["-c", str(folder / "config.yaml")]
     model, _ = load_run(folder)
     views, left_out = chosen_views(model, options.layers, fused=options.fused)
-    analysis = _Analysis(f"{model.name}, {folder}", views, left_out)
+    analysis = _Analysis(model.name, f"{model.name}, {folder}", views, left_out)
     fresh = build_model(approach_class(approach_named_in(arguments)), arguments, "spectra")
     pretrained = {view.name: view for view in weight_views(fresh, fused=options.fused)[0]}
     before = [pretrained[view.name] for view in had_before(model, views)]
@@ -185,7 +185,7 @@ def _of_weights(options: argparse.Namespace, spec: SpectraSpec) -> _Analysis:
     views, left_out = weight_views(model, fused=options.fused)
     if options.layers is not None:
         views = matching(views, options.layers)
-    analysis = _Analysis(options.target, views, left_out)
+    analysis = _Analysis(Path(options.target).name, options.target, views, left_out)
     analysis.columns["after"] = _analyse(views, spec, "spectra")
     if options.random:
         analysis.columns["random"] = _random(views, spec)
