@@ -129,7 +129,7 @@ def run(arm: str, seed: int, steps: int, batch_size: int, lr: float, every: int)
             break
         torch.nn.utils.clip_grad_norm_(approach.parameters(), 1.0)
         optimizer.step()
-        approach.on_train_batch_end()
+        approach.after_step()
         schedule.step()
     guard = None if approach.reprogrammer is None else approach.reprogrammer.guard.skipped
     seconds = round(time.perf_counter() - began, 1)

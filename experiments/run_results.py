@@ -20,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from wlsup.approaches import APPROACHES
 from wlsup.errors import WlsupError, choose
+from wlsup.evaluation.knn import PROTOCOL
+from wlsup.evaluation.statistics import Interval, mean_of_intervals, over_seeds, wilson
 from wlsup.files import write_json, write_text
 
 HERE = Path(__file__).parent
@@ -58,15 +58,6 @@ def run(approach: str, seed: int, folder: Path, preset: str, options: list[str])
     return f"exit code {code}: {lines[-1] if lines else 'no output'}"
 
 
-def interval(values: list[float]) -> dict[str, Any]:
-    """Return mean, 95 % interval over seeds (Student's t; none for a single seed) and the values."""
-    mean, half = statistics.fmean(values), None
-    if len(values) > 1:
-        spread = statistics.stdev(values) / len(values) ** 0.5
-        half = float(student.ppf(0.975, len(values) - 1)) * spread
-    return {"mean": mean, "ci95": None if half is None else [mean - half, mean + half], "values": values}
-
-
 def summarise(approach: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one approach's row out of its runs' results."""
     knn = {}
@@ -74,13 +65,20 @@ def summarise(approach: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         knn[name] = {
             "domain": entry["domain"],
             "pretrained": entry["pretrained"],
-            "finetuned": interval([result["knn"][name]["finetuned"] for result in results]),
-            "delta": interval([result["knn"][name]["delta"] for result in results]),
+            "test": entry.get("test"),
+            "finetuned": over_seeds([result["knn"][name]["finetuned"] for result in results]),
+            "delta": over_seeds([result["knn"][name]["delta"] for result in results]),
         }
     row: dict[str, Any] = {"approach": approach, "seeds": [result["seed"] for result in results], "knn": knn}
     for name in ("in_domain_delta", "out_of_domain_delta"):
         values = [result["summary"][name] for result in results if result["summary"][name] is not None]
-        row[name] = interval(values) if len(values) == len(results) else None
+        row[name] = over_seeds(values) if len(values) == len(results) else None
+        if row[name] and len(values) == 1:  # nothing over seeds: then over test pictures, and said so
+            domain = "in" if name == "in_domain_delta" else "out"
+            mine = [one for one in results[0]["knn"].values() if one["domain"] == domain]
+            if all("ci95" in one for one in mine):
+                sets = [Interval(one["delta"], *one["ci95"]) for one in mine]
+                row[name]["pictures_ci95"] = list(mean_of_intervals(sets)[1:])
     memory = [result.get("peak_memory_mib", {}) for result in results]
     row |= {
         "parameters": results[0]["parameters"],
@@ -103,7 +101,7 @@ def _retrieval(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not all(found):
         return None
     values = [one["image_to_text"]["1"] for one in found]
-    return {"pairs": found[0]["pairs"], "chance": found[0]["chance"]["1"], "image_to_text": interval(values)}
+    return {"pairs": found[0]["pairs"], "chance": found[0]["chance"]["1"], "image_to_text": over_seeds(values)}
 
 
 def _task(results: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -114,7 +112,7 @@ def _task(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     rows = []
     for row in tasks[0]["rows"]:
         values = [one["value"] for task in tasks for one in task["rows"] if one["what"] == row["what"]]
-        rows.append({"what": row["what"], "unit": row["unit"], "chance": row["chance"], "value": interval(values)})
+        rows.append({"what": row["what"], "unit": row["unit"], "chance": row["chance"], "value": over_seeds(values)})
     return {"title": tasks[0]["title"], "rows": rows}
 
 
@@ -124,7 +122,7 @@ def _captioning(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not all(found):
         return None
     names = [name for name in found[0]["scores"] if all(name in one["scores"] for one in found)]
-    scores = {name: interval([one["scores"][name]["value"] for one in found]) for name in names}
+    scores = {name: over_seeds([one["scores"][name]["value"] for one in found]) for name in names}
     return {"pictures": found[0]["pictures"], "generation": found[0]["generation"], "scores": scores}
 
 
@@ -136,7 +134,9 @@ def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) 
         "Change of k-NN accuracy against the pretrained encoder, in points: mean over seeds, and its 95 % interval",
         "over seeds (Student's t). In domain and out of domain are means over their sets. Bold: the interval excludes",
         "0. A dash: the encoder is not trained, so its k-NN accuracy cannot change. Core s: seconds of computing,",
-        "added up over cores, whatever else the machine was doing.",
+        "added up over cores, whatever else the machine was doing. (pictures): of one seed, over its",
+        "test pictures.",
+        f"Protocol: {PROTOCOL}.",
         "",
         "| approach | seeds | in domain | out of domain | trained | core s | peak MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -149,12 +149,17 @@ def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) 
             f"| {row['processor_seconds']:.0f} | {row['peak_resident_mib']:,.0f} |"
         )
     if rows and (sets := list(rows[0]["knn"])):
-        lines += ["", "By set, accuracy in %, pretrained first:", "", "| approach | " + " | ".join(sets) + " |"]
+        lines += [
+            "",
+            "By set, accuracy in %, pretrained first (± half an interval; of one encoder over test pictures):",
+            "",
+            "| approach | " + " | ".join(sets) + " |",
+        ]
         lines += ["|---|" + "---:|" * len(sets)]
-        cells = [f"{100 * rows[0]['knn'][name]['pretrained']:.1f}" for name in sets]
+        cells = [_alone(rows[0]["knn"][name]["pretrained"], rows[0]["knn"][name].get("test")) for name in sets]
         lines.append("| pretrained | " + " | ".join(cells) + " |")
         for row in rows:
-            cells = [_accuracy(row["knn"][name]["finetuned"]) if name in row["knn"] else "" for name in sets]
+            cells = [_finetuned(row["knn"][name]) if name in row["knn"] else "" for name in sets]
             lines.append(f"| `{row['approach']}` | " + " | ".join(cells) + " |")
     lines += _tasks_markdown(rows)
     for name, reason in failures.items():
@@ -205,10 +210,11 @@ def _points(delta: dict[str, Any] | None) -> str:
     if delta is None or not any(delta["values"]):
         return "-"
     text = f"{100 * delta['mean']:+.1f}"
-    if delta["ci95"] is None:
+    interval = delta["ci95"] or delta.get("pictures_ci95")
+    if interval is None:
         return text
-    low, high = delta["ci95"]
-    text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    low, high = interval
+    text += f" [{100 * low:+.1f}, {100 * high:+.1f}]" + ("" if delta["ci95"] else " (pictures)")
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
@@ -216,6 +222,20 @@ def _accuracy(share: dict[str, Any]) -> str:
     ci = share["ci95"]
     spread = "" if ci is None else f" ± {100 * (ci[1] - ci[0]) / 2:.1f}"
     return f"{100 * share['mean']:.1f}{spread}"
+
+
+def _finetuned(entry: dict[str, Any]) -> str:
+    """Return a set's accuracy over seeds; of a single seed over its test pictures."""
+    share = entry["finetuned"]
+    return _accuracy(share) if share["ci95"] else _alone(share["mean"], entry.get("test"))
+
+
+def _alone(share: float, n: int | None) -> str:
+    """Return a share of n pictures with half of Wilson's 95 % interval."""
+    if not n:
+        return f"{100 * share:.1f}"
+    _, low, high = wilson(round(share * n), n)
+    return f"{100 * share:.1f} ± {50 * (high - low):.1f}"
 
 
 def collect(out: Path, preset: str, approaches: list[str], seeds: list[int], failures: dict[str, str]) -> list[dict]:

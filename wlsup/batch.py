@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from wlsup.draws import per_sample
+
 __all__ = [
     "CaptionBatch",
     "Condition",
@@ -140,8 +142,11 @@ class Condition:
 
     def drop(self, probability: float, generator: torch.Generator | None = None) -> Condition:
         """Return the condition with each sample's caption dropped with ``probability`` (classifier-free style)."""
-        keep = torch.rand(self.present.shape, generator=generator, device=self.present.device) >= probability
-        return replace(self, present=self.present & keep)
+        device = self.present.device
+        chance = per_sample(
+            lambda n, stream: torch.rand(n, generator=stream, device=device), len(self.present), device, generator
+        )
+        return replace(self, present=self.present & (chance >= probability))
 
 
 class ConditionSlot:

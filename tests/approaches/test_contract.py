@@ -57,7 +57,7 @@ def train(approach, steps, lr=None, make=noise_batch, generator=None):
         parts = approach.training_losses(make(generator=generator))
         parts["loss"].backward()
         optimizer.step()
-        approach.on_train_batch_end()
+        approach.after_step()
         losses.append({name: float(value.detach()) for name, value in parts.items()})
     return losses
 

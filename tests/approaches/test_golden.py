@@ -54,7 +54,7 @@ def curve(name):
         optimizer.zero_grad()
         parts["loss"].backward()
         optimizer.step()
-        approach.on_train_batch_end()
+        approach.after_step()
         losses.append({part: value.item() for part, value in parts.items()})
     return {
         "approach": name,

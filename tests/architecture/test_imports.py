@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wlsup"
-BOTTOM = {"batch", "errors", "files", "plan", "optim"}
+BOTTOM = {"batch", "checkpoint_file", "draws", "errors", "files", "plan", "optim"}
 METHODS = {"objectives", "adapters", "fusion", "moe", "reprogramming", "models", "selection"}
 ALLOWED = {
     "cli": {"cli", "approaches", "callbacks", "evaluation", "data", *METHODS, *BOTTOM},
@@ -15,16 +15,18 @@ ALLOWED = {
     "callbacks": {"callbacks", "evaluation", "objectives", *BOTTOM},
     "evaluation": {"evaluation", "batch", "errors", "files"},
     "data": {"data", "batch", "errors", "files"},
-    "models": {"models", "batch", "errors", "files", "plan"},
+    "models": {"models", "batch", "draws", "errors", "files", "plan"},
     "adapters": {"adapters", "batch", "errors", "plan"},
     "fusion": {"fusion", "adapters", "batch", "errors", "plan"},
-    "moe": {"moe", "models", "batch", "errors", "plan"},
-    "reprogramming": {"reprogramming", "models", "batch", "errors", "plan", "optim"},
+    "moe": {"moe", "models", "batch", "draws", "errors", "plan"},
+    "reprogramming": {"reprogramming", "models", "batch", "draws", "errors", "plan", "optim"},
     "selection": {"selection", "batch", "errors"},
-    "objectives": {"objectives", "models", "batch", "errors"},
+    "objectives": {"objectives", "models", "batch", "draws", "errors"},
     "plan": {"errors"},
     "optim": {"errors"},
-    "batch": set(),
+    "batch": {"draws"},
+    "checkpoint_file": {"errors"},
+    "draws": set(),
     "errors": set(),
     "files": set(),
 }

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from wlsup.batch import EvalSet
-from wlsup.callbacks.knn import KNN, domain_means, evaluate_knn
+from wlsup.callbacks.knn import KNN, domain_intervals, domain_means, evaluate_knn
 from wlsup.errors import WlsupError
 
 
@@ -51,3 +51,20 @@ def test_domain_means_are_none_where_there_is_no_set():
 def test_k_must_be_positive():
     with pytest.raises(WlsupError, match="at least 1"):
         KNN(k=0)
+
+
+def test_the_interval_of_a_domains_mean_is_made_of_its_sets():
+    entries = {
+        "a": {"domain": "out", "delta": 0.1, "ci95": [0.0, 0.2]},
+        "b": {"domain": "out", "delta": 0.3, "ci95": [0.3, 0.3]},
+    }
+    assert domain_intervals(entries) == {"in_domain_ci95": None, "out_of_domain_ci95": pytest.approx([0.15, 0.25])}
+
+
+def test_a_listener_is_given_the_features_that_k_nn_was_scored_on(eval_set):
+    knn, heard = KNN(ks=(10,)), []
+    knn.listeners.append(lambda *told: heard.append(told))
+    result = knn._evaluate(Encoder(), eval_set, "pretrained")
+    ((told_set, bank, queries, told_result, when),) = heard
+    assert (told_set, told_result, when) == (eval_set, result, "pretrained")
+    assert (len(bank), len(queries)) == (40, 30)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from jsonargparse import Namespace
 
-from wlsup.cli import configuration, main
+from wlsup.cli import configuration, main, training
 
 SMALL = [
     "fit", "-c", "experiments/base.yaml", "-c", "experiments/film.yaml", "--data.pairs", "32",
@@ -29,16 +29,17 @@ def test_the_processes_of_one_run_are_told_its_folder(tmp_path, monkeypatch):
     fit = SimpleNamespace(
         run_dir=tmp_path,
         config=Namespace(resume=None),
+        resumption=training.Resumption(),
         model=None,
         datamodule=None,
         trainer=SimpleNamespace(
             is_global_zero=False, fit=lambda *args, **kwargs: seen.append(os.environ["WLSUP_RUN_DIR"])
         ),
     )
-    configuration.train(fit)
+    training.train(fit)
     assert seen == [str(tmp_path)]
     monkeypatch.setenv("WLSUP_RUN_DIR", "/given/from/outside")
-    configuration.train(fit)
+    training.train(fit)
     assert os.environ["WLSUP_RUN_DIR"] == "/given/from/outside"
 
 
@@ -49,17 +50,26 @@ def test_runs_begun_in_one_second_do_not_share_a_folder(tmp_path, monkeypatch):
     assert names == ["20260101-000000", "20260101-000000-1", "20260101-000000-2"]
 
 
-def test_hyperparameters_are_what_was_chosen_and_no_paths_of_the_run():
+def test_hyperparameters_are_what_changes_the_training_and_what_tells_runs_apart_comes_first():
     config = Namespace(
-        config=["a.yaml"], runs="runs", run_dir=None, resume=None, preset="mini", approach="film", seed_everything=0,
-        model=Namespace(lr=0.1, train_decoder=None, objective=Namespace(mask_ratio=0.75)), betas=(0.9, 0.95),
+        config=["a.yaml"], runs="runs", run_dir=None, resume=None, preset="mini", approach="film", seed_everything=3,
+        model=Namespace(betas=(0.9, 0.95), lr=0.1, train_decoder=None, objective=Namespace(mask_ratio=0.75)),
+        data=Namespace(batch_size=8, pairs=64, root="/data", num_workers=2, seed=3),
+        trainer=Namespace(max_epochs=2, logger=None, enable_progress_bar=False), captioning=Namespace(samples=4),
+        optimizer=None, lr_scheduler=None,
     )  # fmt: skip
-    assert configuration._hyperparameters(config) == {
+    told = configuration._hyperparameters(config)
+    assert list(told)[:5] == ["approach", "seed", "model.lr", "data.pairs", "trainer.max_epochs"]
+    assert told == {
         "approach": "film",
-        "seed_everything": 0,
+        "seed": 3,
         "model.lr": 0.1,
+        "data.pairs": 64,
+        "trainer.max_epochs": 2,
+        "preset": "mini",
+        "model.betas": "(0.9, 0.95)",
         "model.objective.mask_ratio": 0.75,
-        "betas": "(0.9, 0.95)",
+        "data.batch_size": 8,
     }
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from wlsup.checkpoint_file import read_checkpoint
 from wlsup.cli import main
-from wlsup.cli.configuration import build_model, read_checkpoint
+from wlsup.cli.configuration import build_model
 from wlsup.errors import WlsupError
 
 BASE = ["fit", "-c", "experiments/base.yaml", "-c", "experiments/film.yaml"]

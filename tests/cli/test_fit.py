@@ -58,7 +58,7 @@ def test_the_folder_holds_what_was_promised(run):
         "run.log",
     ):
         assert (run / name).stat().st_size > 0
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
     assert list(run.glob("events.out.tfevents.*"))
     environment = json.loads((run / "env.json").read_text())
     assert environment["versions"]["torch"]

@@ -24,7 +24,12 @@ from native import (  # noqa: E402
 from wlsup.cli import main  # noqa: E402
 from wlsup.data.shards import ShardSample, write_shards  # noqa: E402
 
-DOMAINS = {"cifar10": "in", "cifar100": "in", "svhn": "out", "eurosat": "out", "dtd": "out", "imagenet": "in"}
+DOMAINS = {"cifar10": "in", "cifar100": "in", "svhn": "out", "eurosat": "out", "dtd": "out", "imagenet": "in"} | {
+    "imagenet_v2": "in",
+    "imagenet_a": "out",
+    "imagenet_r": "out",
+    "imagenet_sketch": "out",
+}
 
 
 def write_table(folder):

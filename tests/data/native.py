@@ -107,11 +107,30 @@ def write_imagenet(root: Path, each: int = 4) -> Path:
     )
 
 
+def variant_files(name: str, each: int = 3) -> dict[str, bytes]:
+    """ImageNet's other test sets, of the classes of `WNIDS` that each has; V2 by class number."""
+    from wlsup.data.imagenet import imagenet_wnids
+
+    base, ending = {
+        "imagenet_v2": ("imagenetv2-matched-frequency-format-val", "jpeg"),
+        "imagenet_a": ("imagenet-a", "jpg"),
+        "imagenet_r": ("imagenet-r", "jpg"),
+        "imagenet_sketch": ("sketch", "JPEG"),
+    }[name]
+    wnids = WNIDS[1:] if name == "imagenet_a" else WNIDS
+    folders = [str(imagenet_wnids().index(w)) for w in wnids] if name == "imagenet_v2" else wnids
+    files = {f"{base}/{folder}/{i:02d}.{ending}": noise_jpeg(i) for folder in folders for i in range(each)}
+    return files | ({} if name == "imagenet_v2" else {f"{base}/README.txt": b"one folder a class"})
+
+
 def write_published(root: Path, name: str) -> Path:
     """Write the published eval set ``name`` below ``root``, where ``--data.root`` looks for it."""
     folder = root / name
     if name == "eurosat":
         write_tree(folder / "2750", eurosat_files())
+    elif name.startswith("imagenet_"):
+        write_tree(folder, variant_files(name))
+        write_imagenet(root / "imagenet")
     else:
         {
             "cifar10": write_cifar,

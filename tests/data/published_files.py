@@ -15,14 +15,18 @@ from native import cifar_files, coco_json, dtd_files, imagenet_entries, svhn_fil
 from wlsup.data.catalog import CATALOG
 
 
-def tar_gz(files):
+def tar_gz(files, mode="w:gz"):
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def tar_of(files):
+    return tar_gz(files, "w:")
 
 
 @functools.cache
@@ -44,6 +48,11 @@ def published():
             )
             for part, document in coco.items()
         },
+        "imagenetv2-matched-frequency.tar.gz": tar_gz(
+            {f"imagenetv2-matched-frequency-format-val/{n}/0.jpeg": noise_jpeg(n) for n in (0, 999)}
+        ),
+        "imagenet-a.tar": tar_of({"imagenet-a/n01498041/0.jpg": noise_jpeg(1), "imagenet-a/README.txt": b"x"}),
+        "imagenet-r.tar": tar_of({"imagenet-r/n01443537/0.jpg": noise_jpeg(2), "imagenet-r/README.txt": b"x"}),
         "imagenet_captions.zip": zipped({"imagenet_captions.json": json.dumps(imagenet_entries()).encode()}),
     }
 

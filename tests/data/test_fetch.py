@@ -60,7 +60,7 @@ def test_each_set_comes_into_its_native_layout_and_is_not_fetched_twice(name, se
     for file in CATALOG[name].files:
         if file.name.endswith(".zip"):
             expected += zipfile.ZipFile(io.BytesIO(published()[file.name])).namelist()
-        elif file.name.endswith(".gz"):
+        elif file.name.endswith((".gz", ".tar")):
             with tarfile.open(fileobj=io.BytesIO(published()[file.name])) as archive:
                 expected += archive.getnames()
         else:

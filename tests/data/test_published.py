@@ -18,7 +18,8 @@ from scipy.io import savemat
 from wlsup.batch import ImageSpec
 from wlsup.data.cifar import CIFAR10, read_cifar
 from wlsup.data.datamodule import CaptionDataModule
-from wlsup.data.evalsets import EvalSetSpec, build_eval_set, eval_set_names
+from wlsup.data.evalsets import EvalSetSpec, build_eval_set, eval_set_names, locate_eval_set
+from wlsup.data.imagenet import imagenet_wnids
 from wlsup.data.published import PUBLISHED
 from wlsup.data.published_folders import EUROSAT_COUNTS, eurosat_test_numbers
 from wlsup.data.svhn import read_svhn
@@ -40,6 +41,10 @@ def to_bytes(item):
         ("eurosat", "out", None, None, 10),
         ("dtd", "out", 12, 6, 2),
         ("imagenet", "in", 8, 4, 2),
+        ("imagenet_v2", "in", 8, 6, 2),
+        ("imagenet_a", "out", 4, 3, 1),
+        ("imagenet_r", "out", 8, 6, 2),
+        ("imagenet_sketch", "out", 8, 6, 2),
     ],
 )
 def test_each_published_set_is_read_from_its_native_files_by_name(tmp_path, name, domain, train, test, classes):
@@ -56,7 +61,8 @@ def test_each_published_set_is_read_from_its_native_files_by_name(tmp_path, name
         assert set(part.labels) <= set(range(classes))
     overridden = build_eval_set(EvalSetSpec(name, domain="out" if domain == "in" else "in"), PLAIN, str(tmp_path))
     assert overridden.domain != domain
-    elsewhere = build_eval_set(EvalSetSpec("mine", kind=name, images=str(tmp_path / name)), PLAIN)
+    bank = str(tmp_path / "imagenet") if PUBLISHED[name].bank else None
+    elsewhere = build_eval_set(EvalSetSpec("mine", kind=name, images=str(tmp_path / name), bank=bank), PLAIN)
     assert elsewhere.name == "mine" and elsewhere.domain == domain and len(elsewhere.test) == len(built.test)
 
 
@@ -167,6 +173,49 @@ def test_a_flat_imagenet_validation_folder_needs_kaggle_s_file(tmp_path):
     (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + rows)
     built = build_eval_set("imagenet", PLAIN, str(tmp_path))
     assert sorted(built.test.labels) == [0, 0, 1, 1] and list(built.class_names) == ["tench", "tabby"]
+
+
+def test_imagenet_v2s_folders_are_the_classes_by_number_in_the_order_of_wnids(tmp_path):
+    from timm.data import ImageNetInfo
+
+    assert list(imagenet_wnids()) == ImageNetInfo("imagenet-1k").label_names() and len(imagenet_wnids()) == 1000
+    write_published(tmp_path, "imagenet_v2")
+    folders = {p.name for p in (tmp_path / "imagenet_v2/imagenetv2-matched-frequency-format-val").iterdir()}
+    assert folders == {"0", "281"}  # tench and tabby cat
+    built = build_eval_set("imagenet_v2", PLAIN, str(tmp_path))
+    assert list(built.class_names) == ["tench", "tabby"]
+    for part in (built.train, built.test):
+        for name, label in zip(part.names, part.labels, strict=True):
+            assert name.split("/")[0] in (("n01440764", "0"), ("n02123045", "281"))[label]
+
+
+@pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r"])
+def test_the_bank_is_of_the_test_sets_classes_alone(tmp_path, name):
+    write_published(tmp_path, name)
+    built = build_eval_set(name, PLAIN, str(tmp_path))
+    assert {n.split("/")[0] for n in built.train.names} == {n.split("/")[0] for n in built.test.names}
+    assert set(built.train.labels) == set(built.test.labels) == set(range(len(built.class_names)))
+    assert torch.equal(built.train[0][0], build_eval_set("imagenet", PLAIN, str(tmp_path)).train[
+        4 * (name == "imagenet_a")
+    ][0])  # fmt: skip
+
+
+def test_a_bank_that_is_missing_or_lacks_a_class_is_named(tmp_path):
+    import shutil
+
+    write_published(tmp_path, "imagenet_r")
+    shutil.rmtree(tmp_path / "imagenet" / "train" / "n02123045")
+    with pytest.raises(WlsupError, match=r"lacks 1 of the 2 classes of eval set 'imagenet_r', such as n02123045"):
+        build_eval_set("imagenet_r", PLAIN, str(tmp_path))
+    shutil.rmtree(tmp_path / "imagenet")
+    for call in (build_eval_set, lambda entry, spec, root: locate_eval_set(entry, root)):
+        with pytest.raises(WlsupError, match=r"needs the training pictures of imagenet for its bank: train or"):
+            call("imagenet_r", PLAIN, str(tmp_path))
+    (tmp_path / "imagenet_r" / "imagenet-r" / "n01440764").rename(tmp_path / "x")
+    (tmp_path / "imagenet_r" / "imagenet-r" / "n02123045").rename(tmp_path / "y")
+    write_imagenet(tmp_path / "imagenet")
+    with pytest.raises(WlsupError, match="no pictures in folders"):
+        build_eval_set("imagenet_r", PLAIN, str(tmp_path))
 
 
 class Payload:

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from wlsup.errors import WlsupError
 from wlsup.evaluation.features import Features
-from wlsup.evaluation.knn import PROTOCOL, knn_accuracy, knn_predict
+from wlsup.evaluation.knn import PROTOCOL, knn_accuracy, knn_predict, knn_probabilities
 from wlsup.evaluation.neighbors import normalize_
 
 SEARCHES = ["faiss", "torch"]
@@ -212,3 +212,15 @@ def test_the_protocol_id_names_every_choice():
     result = knn_accuracy(as_features(bank, bank_labels), as_features(queries, query_labels), k=5, temperature=0.1)
     assert PROTOCOL == "knn-dino:v1 cosine T=0.07 k=20 weighted"
     assert result.protocol == "knn-dino:v1 cosine T=0.1 k=5 weighted"
+
+
+def test_shares_of_votes_sum_to_one_and_their_largest_is_the_prediction():
+    bank, bank_labels, queries, query_labels = clusters(400, 200)
+    parts = as_features(bank, bank_labels), as_features(queries, query_labels)
+    shares = knn_probabilities(*parts, num_classes=7, k=15)
+    assert torch.allclose(shares.sum(1), torch.ones(200))
+    assert torch.equal(shares.argmax(1), knn_predict(bank, bank_labels, queries, k=15, num_classes=7))
+    nearest = (queries @ bank.T).topk(15)
+    weights = (nearest.values / 0.07).softmax(1)  # of the first query by hand
+    expected = [float(weights[0][bank_labels[nearest.indices[0]] == label].sum()) for label in range(7)]
+    assert shares[0].tolist() == pytest.approx(expected, abs=1e-4)

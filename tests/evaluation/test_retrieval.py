@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wlsup.errors import WlsupError
-from wlsup.evaluation.retrieval import retrieval_recall
+from wlsup.evaluation.retrieval import retrieval_hits, retrieval_intervals, retrieval_recall
 
 
 def test_perfect_pairs_are_all_found_and_chance_is_k_over_n():
@@ -94,3 +94,16 @@ def test_one_pair_is_always_found():
 def test_a_mistake_is_refused(image, text, options, message):
     with pytest.raises(WlsupError, match=message):
         retrieval_recall(image, text, **options)
+
+
+def test_recall_is_the_mean_of_the_pairs_hits_and_has_an_interval_over_them():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(60, 8, generator=generator)
+    text = image + 1.5 * torch.randn(60, 8, generator=generator)
+    hits, recall = retrieval_hits(image, text, (1, 5)), retrieval_recall(image, text, (1, 5))
+    assert {k: float(each.mean()) for k, each in hits["image_to_text"].items()} == recall["image_to_text"]
+    found = retrieval_intervals(hits)
+    assert set(found) == {"image_to_text", "text_to_image"}
+    low, high = found["image_to_text"][1]
+    assert low < recall["image_to_text"][1] < high
+    assert 0.15 < high - low < 0.30  # of 60 pairs: about +-1.96 sqrt(p (1 - p) / 60)

@@ -48,12 +48,37 @@ def terminal(results: dict, width: int = 120) -> str:
 def test_plain_text_says_everything_in_percent_with_one_decimal():
     lines = [line.split() for line in knn_text(RESULTS).splitlines()]
     assert lines[0] == ["k-NN,", "T", "=", "0.07:", "film,", "mini,", "seed", "0"]
-    assert ["mini_shapes", "in", "20", "71.2", "68.1", "-3.1", "[-4.3,", "-1.9]", "loss"] in lines
-    assert ["mini_digits", "out", "20", "81.2", "85.7", "+4.5", "[+2.5,", "+6.5]", "gain"] in lines
-    assert ["mini_textures", "out", "20", "40.0", "41.5", "+1.5", "[-1.5,", "+4.5]", "unsure"] in lines
-    assert ["mini_landcover", "out", "20", "50.0", "50.0", "0.0", "[-1.0,", "+1.0]", "unsure"] in lines
-    assert ["mean", "in", "71.2", "68.1", "-3.1"] in lines
-    assert ["mean", "out", "57.1", "59.1", "+2.0"] in lines
+    assert ["mini_shapes", "in", "20", "71.2", "+-2.8", "68.1", "+-2.9", "-3.1", "[-4.3,", "-1.9]", "loss"] in lines
+    assert ["mini_digits", "out", "20", "81.2", "+-2.4", "85.7", "+-2.2", "+4.5", "[+2.5,", "+6.5]", "gain"] in lines
+    assert [
+        "mini_textures",
+        "out",
+        "20",
+        "40.0",
+        "+-3.0",
+        "41.5",
+        "+-3.0",
+        "+1.5",
+        "[-1.5,",
+        "+4.5]",
+        "unsure",
+    ] in lines
+    assert [
+        "mini_landcover",
+        "out",
+        "20",
+        "50.0",
+        "+-3.1",
+        "50.0",
+        "+-3.1",
+        "0.0",
+        "[-1.0,",
+        "+1.0]",
+        "unsure",
+    ] in lines
+    assert ["mean", "in", "71.2", "+-2.8", "68.1", "+-2.9", "-3.1", "[-4.3,", "-1.9]", "loss"] in lines
+    # of three sets, by MOVER: sqrt(2.0^2 + 3.0^2 + 1.0^2) / 3 = 1.2 points around the mean change of 1.99
+    assert ["mean", "out", "57.1", "+-1.7", "59.1", "+-1.6", "+2.0", "[+0.7,", "+3.2]", "gain"] in lines
 
 
 def test_in_domain_sets_come_first_then_out_of_domain_then_the_means():
@@ -83,8 +108,8 @@ def test_a_terminal_shows_green_for_gains_red_for_losses_and_dim_for_what_may_be
 
 def test_an_interval_that_touches_0_is_no_gain():
     touching = {"knn": {"a": entry("in", 0.5, 0.02, 0.02), "b": entry("in", 0.5, -0.02, 0.02)}}
-    assert "gain" not in "".join(knn_text(touching).splitlines()[:-2])
-    assert "loss" not in "".join(knn_text(touching).splitlines()[:-2])
+    assert "gain" not in "".join(knn_text(touching).splitlines()[:-3])
+    assert "loss" not in "".join(knn_text(touching).splitlines()[:-3])
     assert "\x1b[32m" not in terminal(touching)
     assert "\x1b[31m" not in terminal(touching)
 
@@ -105,9 +130,9 @@ def test_markdown_is_a_table_with_gains_and_losses_bold():
     lines = knn_markdown(RESULTS).splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in rows} == {9}
-    assert "| mini_digits | out | 20 | 81.2 | 85.7 | **+4.5** | [+2.5, +6.5] | **gain** |" in rows
-    assert "| mini_textures | out | 20 | 40.0 | 41.5 | +1.5 | [-1.5, +4.5] | unsure |" in rows
-    assert "| mean | out |  | 57.1 | 59.1 | +2.0 |  |  |" in rows
+    assert "| mini_digits | out | 20 | 81.2 +-2.4 | 85.7 +-2.2 | **+4.5** | [+2.5, +6.5] | **gain** |" in rows
+    assert "| mini_textures | out | 20 | 40.0 +-3.0 | 41.5 +-3.0 | +1.5 | [-1.5, +4.5] | unsure |" in rows
+    assert "| mean | out |  | 57.1 +-1.7 | 59.1 +-1.6 | **+2.0** | [+0.7, +3.2] | **gain** |" in rows
     assert lines[1] == ""  # a Markdown table needs a blank line above it
 
 
@@ -116,6 +141,18 @@ def test_a_pretrained_score_alone_is_shown_without_a_change():
     lines = [line.split() for line in knn_text({"knn": {"mini_shapes": alone}}).splitlines()]
     assert ["mini_shapes", "in", "20", "71.2"] in lines
     assert ["mean", "in", "71.2"] in lines
+
+
+def test_the_protocol_stands_below_every_form_of_it():
+    told = RESULTS | {"protocol": "knn-dino:v1 something"}
+    for shown in (knn_text(told), knn_markdown(told), terminal(told)):
+        assert "Protocol: knn-dino:v1 something" in shown
+
+
+def test_no_number_stands_without_an_interval():
+    for line in knn_text(RESULTS).splitlines()[3:-3]:
+        if not line.startswith("-"):
+            assert line.count("+-") == 2 and line.count("[") == 1, line
 
 
 def test_no_sets_make_an_empty_table_and_no_error():

@@ -22,3 +22,14 @@ def test_every_figure_is_there_with_its_unit_and_chance():
 
 def test_markdown_is_a_table():
     assert "| caption loss | 1.250 nats | 3.000 nats |" in task_markdown(TASK)
+
+
+def test_a_share_has_wilsons_interval_and_a_loss_its_own():
+    rows = [
+        {"what": "right", "value": 90.0, "unit": "%", "chance": 10.0, "n": 100},
+        {"what": "loss", "value": 1.25, "unit": "nats", "chance": None, "ci95": [1.2, 1.3]},
+    ]
+    text = task_text({"title": "t", "rows": rows})
+    assert "90.0 % [82.6, 94.5]" in text
+    assert "1.250 nats [1.200, 1.300]" in text
+    assert "| loss | 1.250 nats [1.200, 1.300] | - |" in task_markdown({"title": "t", "rows": rows})

@@ -21,7 +21,8 @@ def script():
 
 
 def results(approach, seed, delta):
-    entry = {"pretrained": 0.5, "finetuned": 0.5 + delta, "delta": delta}
+    entry = {"pretrained": 0.5, "finetuned": 0.5 + delta, "delta": delta, "test": 100}
+    entry["ci95"] = [delta - 0.01, delta + 0.03]
     return {
         "approach": approach,
         "seed": seed,
@@ -43,13 +44,6 @@ def results(approach, seed, delta):
     }
 
 
-def test_means_and_intervals_over_seeds_are_students(script):
-    found = script.interval([1.0, 2.0, 3.0])
-    assert found["mean"] == 2.0
-    assert found["ci95"] == pytest.approx([2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5])  # t(0.975, 2) = 4.302653
-    assert script.interval([1.0])["ci95"] is None
-
-
 def test_the_row_holds_what_the_table_shows(script):
     row = script.summarise("film", [results("film", seed, delta) for seed, delta in ((0, 0.01), (1, 0.03))])
     assert row["in_domain_delta"]["mean"] == pytest.approx(0.02)
@@ -57,7 +51,7 @@ def test_the_row_holds_what_the_table_shows(script):
     assert (row["peak_resident_mib"], row["peak_gpu_mib"]) == (501.0, None)
     text = script.markdown([row], {"lora, seed 0": "exit code 2: no"}, "mini")
     assert "| `film` | 2 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | 501 |" in text
-    assert "| pretrained | 50.0 | 50.0 |" in text
+    assert "| pretrained | 50.0 ± 9.6 | 50.0 ± 9.6 |" in text  # Wilson's of 50 in 100
     assert "R@1 over 64 held-out pairs, in % (chance 1.6):" in text
     assert "| `film` | 12.0 ± 12.7 |" in text
     assert "| loss | 1.520 ± 0.127 nats | - |" in text
@@ -65,6 +59,13 @@ def test_the_row_holds_what_the_table_shows(script):
     assert "| approach | BLEU-4 | CIDEr-D |" in text
     assert "| `film` | 0.120 ± 0.127 | 1.020 ± 0.127 |" in text
     assert "`lora, seed 0` failed: exit code 2: no" in text
+
+
+def test_one_seed_has_intervals_over_test_pictures_and_says_so(script):
+    text = script.markdown([script.summarise("film", [results("film", 0, 0.02)])], {}, "mini")
+    assert "| `film` | 1 | **+2.0 [+1.0, +5.0] (pictures)** |" in text
+    assert "| `film` | 52.0 ± 9.6 | 52.0 ± 9.6 |" in text
+    assert "Protocol: knn-dino:v1" in text
 
 
 def test_only_what_is_missing_is_run_and_the_table_grows(script, tmp_path, monkeypatch, capsys):

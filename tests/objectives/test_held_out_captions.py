@@ -34,7 +34,12 @@ def pairs(captions):
 
 def test_the_mean_is_over_tokens_not_over_captions():
     assert losses(1.0, 2.0, 7.0).per_token == pytest.approx(1.0)
-    assert loss_rows({"it": losses(1.0, 2.0, 7.0)}) == [{"what": "it", "value": 1.0, "unit": "nats", "chance": None}]
+    (row,) = loss_rows({"it": losses(1.0, 2.0, 7.0)})
+    assert row | {"ci95": None} == {"what": "it", "value": 1.0, "unit": "nats", "chance": None, "ci95": None}
+    # rests of the ratio: 1 - 2, 2 - 3, 7 - 5 nats; Cochran's variance over ten tokens
+    half = 1.96 * ((1 + 1 + 4) * 3 / 2) ** 0.5 / 10
+    assert row["ci95"] == pytest.approx([1 - half, 1 + half])
+    assert losses(1.0, tokens=(2.0,)).interval is None
 
 
 def test_the_interval_is_paired_and_of_known_width():

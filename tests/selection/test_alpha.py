@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from wlsup.evaluation.watcher import watch
 from wlsup.selection.alpha import fit_power_law, spectral_alpha
 
 
@@ -47,3 +48,13 @@ def test_noise_has_no_power_law_in_reach_and_small_or_empty_matrices_no_exponent
     assert spectral_alpha(torch.randn(300, 200)).alpha > 5
     assert spectral_alpha(torch.randn(300, 20)) is None
     assert spectral_alpha(torch.zeros(300, 200)) is None
+
+
+@pytest.mark.parametrize("shape", [(96, 60), (60, 96), (64, 64)])
+def test_it_is_weightwatchers_own_exponent(shape):
+    weight = torch.randn(shape) * torch.from_numpy(pareto(3.0, shape[1])).float().sqrt()
+    fit, theirs = spectral_alpha(weight), watch(weight, shuffle=False)
+    assert fit.alpha == pytest.approx(theirs["alpha"], rel=1e-6)
+    assert fit.distance == pytest.approx(theirs["D"], rel=1e-6)
+    assert fit.xmin == pytest.approx(theirs["xmin"], rel=1e-6)
+    assert fit.tail == theirs["num_pl_spikes"]

@@ -77,6 +77,17 @@ class Adapter(nn.Module):
             self._handles.append(module.register_forward_hook(hook))
         return self
 
+    def fold(self, encoder: nn.Module) -> bool:
+        """Write what the adapter does under the null condition into an encoder's own weights, where that can be.
+
+        Args:
+            encoder: a copy of the adapted one without hooks; tensors may be shared with it, so they are replaced.
+
+        Returns:
+            Whether the copy now computes what the adapted encoder does under the null condition.
+        """
+        return False
+
     def detach(self) -> None:
         """Take every hook out: the encoder is the pretrained one again, bit for bit."""
         for handle in self._handles:

@@ -43,6 +43,10 @@ class Bottleneck(nn.Module):
             hidden = hidden + self.condition(embedding)[:, None]
         return x + self.up(nn.functional.gelu(hidden))
 
+    def update_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return (D, hidden) and (hidden, D), whose product is the change's linear part: what spectra are taken of."""
+        return self.up.weight, self.down.weight
+
 
 @register("bottleneck")
 class BottleneckAdapter(Adapter):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from wlsup.adapters.base import Adapter, ConditionEmbedding, register, top_blocks
@@ -44,9 +45,24 @@ class FiLM(Adapter):
 
     def sites(self, encoder: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor, ConditionSlot], Tensor]]]:
         """Yield each adapted block's two norms, in order, with the site's modulation."""
-        norms = [norm for block in (encoder.blocks[i] for i in self.adapted) for norm in (block.norm1, block.norm2)]
-        for norm, generator in zip(norms, self.generators, strict=True):
+        for norm, generator in zip(self._norms(encoder), self.generators, strict=True):
             yield norm, self._modulation(generator)
+
+    @torch.no_grad()
+    def fold(self, encoder: nn.Module) -> bool:
+        """Scale and shift the norms' own weights: ``(1 + dgamma) (w n + b) + beta = ((1 + dgamma) w) n + ...``."""
+        norms = self._norms(encoder)
+        if any(not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None for norm in norms):
+            return False
+        embedded = self.embedding(None)
+        for norm, generator in zip(norms, self.generators, strict=True):
+            delta_gamma, beta = (part.double() for part in generator(embedded)[0].chunk(2))
+            weight, bias = (1 + delta_gamma) * norm.weight, (1 + delta_gamma) * norm.bias + beta
+            norm.weight, norm.bias = (nn.Parameter(part.to(norm.weight.dtype), False) for part in (weight, bias))
+        return True
+
+    def _norms(self, encoder: nn.Module) -> list[nn.Module]:
+        return [norm for block in (encoder.blocks[i] for i in self.adapted) for norm in (block.norm1, block.norm2)]
 
     def _modulation(self, generator: nn.Module) -> Callable[[Tensor, ConditionSlot], Tensor]:
         def modulate(x: Tensor, slot: ConditionSlot) -> Tensor:

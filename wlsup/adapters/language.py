@@ -105,6 +105,10 @@ class LanguageBottleneck(nn.Module):
         normalised = x if self.norm is None else self.norm(x)
         return self.up(nn.functional.relu(self.down(normalised)))
 
+    def update_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return (D, H) and (H, D), whose product is the change's linear part: what spectra are taken of."""
+        return self.up.weight, self.down.weight
+
 
 class LanguageAdapters(nn.Module):
     """A slot at the attention, at the MLP or at both of every block of a causal language model.

@@ -69,7 +69,7 @@ class TokenReader(nn.Module):
             return self.norm_replayed(replayed), mask
         # A caption without any token is read as padding, which the caller then sees to be absent.
         some = mask.any(dim=1, keepdim=True)
-        queries = self.queries.expand(len(replayed), -1, -1)
+        queries = self.queries.expand(replayed.shape[0], -1, -1)
         read = attend(queries, replayed, replayed, self.heads, mask | ~some)
         return self.norm_replayed(read), some.expand(-1, read.shape[1])
 
@@ -203,7 +203,7 @@ class TokenReplay(Adapter):
     def _replay(self, site: ReplaySite, key_value: nn.Linear) -> Callable[[Tensor, ConditionSlot], Tensor]:
         def replay(x: Tensor, slot: ConditionSlot) -> Tensor:
             """(B, L, D) -> (B, L, D)."""
-            replayed = slot.kept(self) or self._read(slot, len(x))
+            replayed = slot.kept(self) or self._read(slot, x.shape[0])
             slot.keep(self, replayed)
             return site(x, *replayed, key_value)
 

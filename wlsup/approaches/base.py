@@ -7,11 +7,10 @@ from typing import Any, ClassVar, Literal
 import lightning
 from torch import Tensor
 
-from wlsup.approaches.checkpoint import check_checkpoint, pack_checkpoint
+from wlsup.approaches.checkpoint import StartingPoint, check_checkpoint, pack_checkpoint
 from wlsup.batch import CaptionBatch, ImageSpec, VisionOutput
-from wlsup.models.heads import ContrastiveHead
 from wlsup.models.vision import VisionEncoder
-from wlsup.objectives.contrastive import clamp_logit_scale_
+from wlsup.objectives.contrastive import clamp_logit_scales_
 from wlsup.objectives.regularizers import Regularizer, RegularizerSpec, without_adapters
 from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
 from wlsup.plan import TrainPlan
@@ -33,8 +32,7 @@ class Approach(lightning.LightningModule):
     name: ClassVar[str]
     summary: ClassVar[str]
     untouched: bool = False
-    """The plan leaves the encoder's function as it is: what it makes of a picture never changes, and may be cached. An
-    approach whose configuration decides says it of itself, not of its class."""
+    """The plan leaves the encoder's function as it is (its configuration may decide): features may be cached."""
     cacheable: Literal["", "pooled", "tokens"] = ""
     """What `losses` and `embed` take of pictures, and only through `encode`; "" where they need the pictures."""
     identity_at_start: ClassVar[bool] = True
@@ -42,8 +40,8 @@ class Approach(lightning.LightningModule):
 
     def __init__(self, optimizer: OptimizerSpec, regularizer: RegularizerSpec = RegularizerSpec()) -> None:
         super().__init__()
-        self.optimizer_spec = optimizer
-        self.regularizer = Regularizer(regularizer)
+        self.optimizer_spec, self.regularizer = optimizer, Regularizer(regularizer)
+        self.start = StartingPoint()
         self.strict_loading = False  # checkpoints hold trained tensors only; check_checkpoint sees that all are there
 
     @property
@@ -91,7 +89,7 @@ class Approach(lightning.LightningModule):
 
         Returns:
             Nothing, or {"title": str, "rows": [{"what": str, "value": float, "unit": "%" | "nats" | "", "chance": float
-            or None}], "note": str}, which results.json holds under "task" and the terminal shows.
+            or None, "n": of how many a share is, or "ci95"}], "note": str}: "task" of results.json and the terminal.
         """
         return {}
 
@@ -100,6 +98,7 @@ class Approach(lightning.LightningModule):
         self.plan.apply(self)
         parameters = {planned.name: planned.parameter for planned in self.plan.resolve(self) if planned.rule.trains}
         self.regularizer.begin(self.features, self.pretrained, parameters, self.image_spec.size)
+        self.start.note(self)
 
     def train(self, mode: bool = True) -> Approach:
         """Train mode for what trains only: frozen modules stay in eval mode through every epoch."""
@@ -126,11 +125,14 @@ class Approach(lightning.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in losses.items()}, batch_size=len(batch), sync_dist=True)
         return self.embed(batch)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take a step, and at once, before anything saves the weights, `after_step`."""
+        super().optimizer_step(*args, **kwargs)
+        self.after_step()
+
+    def after_step(self) -> None:
         """Keep every logit scale in its range."""
-        for module in self.modules():
-            if isinstance(module, ContrastiveHead):
-                clamp_logit_scale_(module.logit_scale)
+        clamp_logit_scales_(self)
 
     def configure_optimizers(self) -> dict:
         """One optimizer over the plan's groups, its schedule stepped every batch."""

@@ -14,6 +14,7 @@ from wlsup.approaches.base import Approach
 from wlsup.batch import CaptionBatch
 from wlsup.models.caption_tokens import load_tokenizer
 from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
+from wlsup.objectives.distributed import mean_over_ranks
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
@@ -207,7 +208,13 @@ class CrossModalReprogramming(Approach):
                 right["the same program, a random network"] = self._right(self._random_network(source), captions)
                 note = f"This program against the random network's: {paired_points(*right.values())}. "
         rows = [
-            {"what": what, "value": 100 * float(answers.float().mean()), "unit": "%", "chance": chance}
+            {
+                "what": what,
+                "value": 100 * float(answers.float().mean()),
+                "unit": "%",
+                "chance": chance,
+                "n": len(answers),
+            }
             for what, answers in right.items()
         ]
         return {
@@ -260,13 +267,15 @@ class CrossModalReprogramming(Approach):
         labels = self.word_labels(captions)
         chosen = [caption for caption, label in zip(captions, labels.tolist(), strict=True) if label >= 0]
         share = torch.tensor(len(chosen) / len(captions), device=self.device)
-        if not chosen:  # nothing to learn from, and still a loss that the optimizer can take
-            loss = 0 * net.program.weight.sum()
-            zero = loss.detach()
-            return {"loss": loss, "classification": zero, "penalty": zero, "clamped": zero, "labelled": share}
-        ids = self.tokenizer(chosen, length=self.slots, device=self.device).ids
-        logits, clamped, norm = net(ids)
-        loss = F.cross_entropy(logits, labels[labels >= 0].to(self.device))
+        many = torch.tensor(len(chosen), device=self.device)
+        if chosen:
+            ids = self.tokenizer(chosen, length=self.slots, device=self.device).ids
+            logits, clamped, norm = net(ids)
+            total = F.cross_entropy(logits, labels[labels >= 0].to(self.device), reduction="sum")
+        else:  # nothing to learn from, and still a loss that the optimizer, and the other ranks, can take
+            total = norm = 0 * net.program.weight.sum()
+            clamped = total.detach()
+        loss = mean_over_ranks(total, many)
         return {
             "loss": loss + self.penalty * norm,
             "classification": loss,

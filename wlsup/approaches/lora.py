@@ -67,6 +67,8 @@ class Lora(Approach):
         self.lora = LowRank(mae.encoder.backbone, rank, alpha, targets, rslora)
         self.mae, self.text = mae, text_encoder
         self.train_decoder = bool(objective.reconstruction_weight) and not mae.decoder_pretrained
+        # WiSE-FT blends the update, not its factors: with A held and B from 0 to B, it is alpha times the merged one.
+        self.start.held = ("lora.*.A.weight",)
 
     @property
     def encoder(self) -> VisionEncoder:

@@ -164,9 +164,9 @@ class MagmaMoE(Approach):
         order = auxiliary_losses(self.mixtures)
         return {"loss": sum(order.values(), start=loss), "captioning": loss, **order}
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def after_step(self) -> None:
         """Move the balancing biases after each optimizer step, unless that was skipped."""
-        super().optimizer_step(*args, **kwargs)
+        super().after_step()
         update_biases(self, skipped=all(parameter.grad is None for parameter in self.mixtures.parameters()))
 
     @torch.no_grad()

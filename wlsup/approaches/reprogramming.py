@@ -293,4 +293,5 @@ class ReprogrammingApproach(Approach):
 
 def _row(what: str, right: Tensor, labels: Tensor) -> dict[str, Any]:
     chance = labels.bincount().max() / len(labels)  # of always naming the most frequent class
-    return {"what": what, "value": 100 * float(right.float().mean()), "unit": "%", "chance": 100 * float(chance)}
+    share = 100 * float(right.float().mean())
+    return {"what": what, "value": share, "unit": "%", "chance": 100 * float(chance), "n": len(right)}

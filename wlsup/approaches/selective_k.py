@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from wlsup.approaches.base import Approach
 from wlsup.batch import CaptionBatch
+from wlsup.draws import shared
 from wlsup.errors import WlsupError, choose
 from wlsup.models.mae import DecoderSpec
 from wlsup.models.text import TextSpec
@@ -165,7 +166,7 @@ class SelectiveK(Approach):
         parameters = dict(self.encoder.backbone.named_parameters())
         if self.criterion in GRADIENT_CRITERIA:
             losses = self._losses_to_score(batches, list(parameters.values()))
-            self.scores = _mean_over_ranks(gradient_scores(self.groups, parameters, losses, self.criterion))
+            self.scores = gradient_scores(self.groups, parameters, losses, self.criterion)
         elif self.criterion == "alpha":
             self.scores = alpha_scores(self.groups, parameters)
         else:
@@ -239,18 +240,9 @@ class SelectiveK(Approach):
             for parameter in parameters:
                 parameter.requires_grad_(True)
             for position, batch in enumerate(batches):
-                with torch.random.fork_rng():
+                with torch.random.fork_rng(), shared(self.selection_seed + position):
                     torch.manual_seed(self.selection_seed + position)
                     yield self.losses(batch.to(self.device))["loss"]
         finally:
             for parameter, required in zip(parameters, before, strict=True):
                 parameter.requires_grad_(required)
-
-
-def _mean_over_ranks(scores: dict[str, float]) -> dict[str, float]:
-    """Return the same on every rank: the mean over them."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return scores
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, scores)
-    return {name: sum(one[name] for one in every) / len(every) for name in scores}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wlsup.batch import CaptionBatch
 from wlsup.callbacks.progress import progress
+from wlsup.draws import alone
 from wlsup.errors import WlsupError
 from wlsup.evaluation.caption_pictures import caption_grid
 from wlsup.evaluation.caption_table import samples_markdown
@@ -104,13 +105,13 @@ def _caption_loss(module: torch.nn.Module, image: Tensor, key: str, captions: li
 
 @contextmanager
 def undisturbed(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluate without a trace: eval mode, no gradients; modes and all random states are put back after."""
+    """Evaluate on rank 0 without a trace: eval mode, no gradients; modes and all random states are put back after."""
     device = next(module.parameters()).device
     modes = [(child, child.training) for child in module.modules()]
     python, numpy = random.getstate(), np.random.get_state()
     module.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with alone(), torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python)

@@ -9,14 +9,17 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from wlsup.draws import share, unshare
+
 __all__ = ["KeyedRandomness"]
 
 
 class KeyedRandomness(Callback):
-    """Seed torch before every batch with a hash of (seed, stage, step, rank).
+    """Seed torch before every batch with a hash of (seed, stage, step, rank); what ranks share with one without rank.
 
     Masks, caption dropout and dropout are then a pure function of where training stands, as the data's order and
-    augmentation are: no random state needs to be saved. Validation draws the same masks every epoch.
+    augmentation are: no random state needs to be saved. Validation, of which every rank sees all, draws the same masks
+    every epoch and on every rank.
 
     Args:
         seed: the run's seed.
@@ -29,7 +32,9 @@ class KeyedRandomness(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Seed by the epoch and the batch within it."""
-        self._seed("train", trainer.current_epoch, batch_idx, trainer.global_rank)
+        where = ("train", trainer.current_epoch, batch_idx)
+        share(self._key(*where))
+        torch.manual_seed(self._key(*where, trainer.global_rank))
 
     def on_validation_batch_start(
         self,
@@ -40,8 +45,9 @@ class KeyedRandomness(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Seed by the batch alone."""
-        self._seed("validation", 0, batch_idx, trainer.global_rank)
+        unshare()
+        torch.manual_seed(self._key("validation", 0, batch_idx, 0))
 
-    def _seed(self, *key: str | int) -> None:
+    def _key(self, *key: str | int) -> int:
         digest = hashlib.sha256("/".join(map(str, (self.seed, *key))).encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+        return int.from_bytes(digest[:8], "little")

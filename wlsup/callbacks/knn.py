@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -13,13 +14,67 @@ from torch import Tensor
 from wlsup.batch import EvalSet
 from wlsup.callbacks.progress import progress
 from wlsup.errors import WlsupError
-from wlsup.evaluation.features import extract_features
+from wlsup.evaluation.features import Features, extract_features
 from wlsup.evaluation.knn import KNNResult, knn_accuracy
-from wlsup.evaluation.statistics import paired_bootstrap
+from wlsup.evaluation.statistics import Interval, mean_of_intervals, paired_bootstrap
 
-__all__ = ["KNN", "domain_means", "evaluate_knn"]
+__all__ = ["KNN", "When", "domain_intervals", "domain_means", "evaluate_knn", "features_of", "score_knn"]
 
 logger = logging.getLogger("wlsup")
+
+When = Literal["pretrained", "along", "finetuned"]
+Listener = Callable[[EvalSet, Features, Features, KNNResult, When], None]
+
+
+def features_of(
+    module: torch.nn.Module, eval_set: EvalSet, *, batch_size: int = 256, num_workers: int = 0
+) -> tuple[Features, Features]:
+    """Return a set's bank and queries as ``module.features`` sees them, in eval mode and fp32; the mode is put back.
+
+    Args:
+        module: has ``features(images (B, 3, H, W)) -> (B, D)``.
+        eval_set: bank and queries.
+        batch_size: pictures a forward pass.
+        num_workers: loader processes.
+    """
+    device = next(module.parameters()).device
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        parts = []
+        for part in ("train", "test"):
+            with progress(f"features of {eval_set.name}, {part}") as show:
+                parts.append(
+                    extract_features(
+                        module.features,
+                        getattr(eval_set, part),
+                        batch_size=batch_size,
+                        num_workers=num_workers,
+                        device=device,
+                        progress=show,
+                    )
+                )
+    finally:
+        for child, training in modes:
+            child.training = training
+    for part in parts:
+        for reason in part.skipped:
+            logger.warning("%s: left out %s", eval_set.name, reason)
+    return parts[0], parts[1]
+
+
+def score_knn(
+    bank: Features,
+    queries: Features,
+    num_classes: int,
+    *,
+    k: int = 20,
+    ks: tuple[int, ...] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+) -> KNNResult:
+    """Score features by DINO's protocol; a bank smaller than the headline k votes whole."""
+    k = min(k, len(bank.labels))
+    return knn_accuracy(bank, queries, k=k, ks=ks, temperature=temperature, num_classes=num_classes)
 
 
 def evaluate_knn(
@@ -46,32 +101,8 @@ def evaluate_knn(
     Returns:
         Accuracies, and which queries were right at the headline k.
     """
-    device = next(module.parameters()).device
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        parts = []
-        for part in ("train", "test"):
-            with progress(f"features of {eval_set.name}, {part}") as show:
-                parts.append(
-                    extract_features(
-                        module.features,
-                        getattr(eval_set, part),
-                        batch_size=batch_size,
-                        num_workers=num_workers,
-                        device=device,
-                        progress=show,
-                    )
-                )
-    finally:
-        for child, training in modes:
-            child.training = training
-    bank, queries = parts
-    for part in parts:
-        for reason in part.skipped:
-            logger.warning("%s: left out %s", eval_set.name, reason)
-    k = min(k, len(bank.labels))  # a bank smaller than the headline k votes whole
-    return knn_accuracy(bank, queries, k=k, ks=ks, temperature=temperature, num_classes=len(eval_set.class_names))
+    bank, queries = features_of(module, eval_set, batch_size=batch_size, num_workers=num_workers)
+    return score_knn(bank, queries, len(eval_set.class_names), k=k, ks=ks, temperature=temperature)
 
 
 def domain_means(entries: dict[str, dict[str, Any]]) -> dict[str, float | None]:
@@ -81,6 +112,15 @@ def domain_means(entries: dict[str, dict[str, Any]]) -> dict[str, float | None]:
         deltas = [entry["delta"] for entry in entries.values() if entry["domain"] == domain]
         means[name] = sum(deltas) / len(deltas) if deltas else None
     return means
+
+
+def domain_intervals(entries: dict[str, dict[str, Any]]) -> dict[str, list[float] | None]:
+    """Return the 95 % intervals of `domain_means`, made of the sets' own (over test pictures, for this seed)."""
+    intervals: dict[str, list[float] | None] = {}
+    for domain, name in (("in", "in_domain_ci95"), ("out", "out_of_domain_ci95")):
+        found = [Interval(one["delta"], *one["ci95"]) for one in entries.values() if one["domain"] == domain]
+        intervals[name] = list(mean_of_intervals(found)[1:]) if found else None
+    return intervals
 
 
 class KNN(Callback):
@@ -117,6 +157,8 @@ class KNN(Callback):
         self.sets: list[EvalSet] = []
         self.pretrained: dict[str, dict[str, Any]] = {}
         self.results: dict[str, dict[str, Any]] = {}
+        self.listeners: list[Listener] = []
+        """Called with each set's features and result: other measures need not run the encoder again."""
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score the pretrained encoder, unless a checkpoint brought the scores."""
@@ -128,20 +170,20 @@ class KNN(Callback):
                 "encoder is trained by now. Resume with the run's own eval_sets."
             )
         for eval_set in missing:
-            result = self._evaluate(pl_module, eval_set)
+            result = self._evaluate(pl_module, eval_set, "pretrained")
             self.pretrained[eval_set.name] = {"accuracy": dict(result.accuracy), "correct": result.correct}
         if missing:
-            _log(trainer, self.baseline_metrics())
+            _log(trainer, self.baseline_metrics() | _limits({name: [0.0, 0.0] for name in self.pretrained}))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score along the way, where asked."""
         epoch = trainer.current_epoch + 1
         if self.every_n_epochs and epoch % self.every_n_epochs == 0 and epoch != trainer.max_epochs:
-            self._compare(trainer, pl_module)
+            self._compare(trainer, pl_module, "along")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score the fine-tuned encoder."""
-        self._compare(trainer, pl_module)
+        self._compare(trainer, pl_module, "finetuned")
 
     def baseline(self) -> dict[str, float]:
         """Return the pretrained encoder's accuracy at the headline k, by set."""
@@ -158,24 +200,23 @@ class KNN(Callback):
     def _k(self, accuracy: dict[int, float]) -> int:
         return self.k if self.k in accuracy else max(accuracy)
 
-    def _evaluate(self, module: torch.nn.Module, eval_set: EvalSet) -> KNNResult:
-        return evaluate_knn(
-            module,
-            eval_set,
-            k=self.k,
-            ks=self.ks,
-            temperature=self.temperature,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-        )
+    def _evaluate(self, module: torch.nn.Module, eval_set: EvalSet, when: When) -> KNNResult:
+        bank, queries = features_of(module, eval_set, batch_size=self.batch_size, num_workers=self.num_workers)
+        classes = len(eval_set.class_names)
+        result = score_knn(bank, queries, classes, k=self.k, ks=self.ks, temperature=self.temperature)
+        for listener in self.listeners:
+            listener(eval_set, bank, queries, result, when)
+        return result
 
-    def _compare(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def _compare(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, when: When) -> None:
         for eval_set in self.sets:
             before = self.pretrained[eval_set.name]
-            result = self._evaluate(pl_module, eval_set)
+            result = self._evaluate(pl_module, eval_set, when)
             self.results[eval_set.name] = self._entry(eval_set, before["accuracy"], before["correct"], result)
         scores = {name: entry["finetuned"] for name, entry in self.results.items()}
-        _log(trainer, self._metrics(scores, {name: entry["delta"] for name, entry in self.results.items()}))
+        metrics = self._metrics(scores, {name: entry["delta"] for name, entry in self.results.items()})
+        limits = {name: entry["ci95"] for name, entry in self.results.items()}
+        _log(trainer, metrics | _limits(limits))
 
     def _entry(
         self, eval_set: EvalSet, accuracy: dict[int, float], correct: Tensor, result: KNNResult
@@ -209,6 +250,14 @@ class KNN(Callback):
             **{f"knn_delta/{name}": delta for name, delta in deltas.items()},
             **{f"summary/{name}": mean for name, mean in means.items() if mean is not None},
         }
+
+
+def _limits(intervals: dict[str, list[float]]) -> dict[str, float]:
+    return {
+        f"knn_delta_{side}/{name}": limits[position]
+        for name, limits in intervals.items()
+        for position, side in enumerate(("low", "high"))
+    }
 
 
 def _log(trainer: lightning.Trainer, metrics: dict[str, float]) -> None:

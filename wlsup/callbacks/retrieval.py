@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from wlsup.evaluation.retrieval import retrieval_recall
+from wlsup.evaluation.retrieval import PROTOCOL, retrieval_hits, retrieval_intervals
 
 __all__ = ["Retrieval"]
 
@@ -43,8 +43,9 @@ class Retrieval(Callback):
             return
         image, text = (torch.cat(part) for part in zip(*self._pairs, strict=True))
         self._pairs.clear()
-        recall = retrieval_recall(image, text)
-        self.results = {"pairs": len(image), **recall}
+        hits = retrieval_hits(image, text)
+        recall = {name: {k: float(each.mean()) for k, each in by_k.items()} for name, by_k in hits.items()}
+        self.results = {"pairs": len(image), **recall, "ci95": retrieval_intervals(hits), "protocol": PROTOCOL}
         metrics = {
             f"retrieval/{direction}_R@{k}": value
             for direction in ("image_to_text", "text_to_image")

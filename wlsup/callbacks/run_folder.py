@@ -19,10 +19,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from wlsup.callbacks.captions import Captions
+from wlsup.callbacks.dashboard import dashboard_layout, log_hyperparameters
 from wlsup.callbacks.guards import Guards
-from wlsup.callbacks.knn import KNN, domain_means
+from wlsup.callbacks.knn import KNN, domain_intervals, domain_means
 from wlsup.callbacks.retrieval import Retrieval
-from wlsup.callbacks.routing import routing_layout
+from wlsup.draws import alone
 from wlsup.evaluation.caption_table import caption_markdown, print_caption_table
 from wlsup.evaluation.knn import PROTOCOL
 from wlsup.evaluation.table import knn_markdown, print_knn_table
@@ -30,10 +31,12 @@ from wlsup.evaluation.task_table import print_task_table, task_markdown
 from wlsup.files import write_json, write_text
 from wlsup.plan import plan_markdown
 
-__all__ = ["RunFolder", "environment", "peak_memory", "processor_seconds"]
+__all__ = ["FIRST_HYPERPARAMETERS", "RunFolder", "environment", "peak_memory", "processor_seconds"]
 
 logger = logging.getLogger("wlsup")
 
+# What tells runs apart: the HParams tab shows five unasked.
+FIRST_HYPERPARAMETERS = ("approach", "seed", "model.lr", "data.pairs", "trainer.max_epochs")
 _PACKAGES = ("wlsup", "torch", "torchvision", "lightning", "timm", "transformers", "numpy", "faiss-cpu")
 
 
@@ -123,11 +126,11 @@ class RunFolder(Callback):
         write_json(self.folder / "plan.json", {"approach": pl_module.name, "bases": pl_module.bases, **plan})
         logger.info("%s %s", pl_module.name, pl_module.plan.summary(pl_module))
         knn = _find(trainer, KNN)
-        metrics = knn.baseline_metrics() if knn else {}
+        metrics = sorted(knn.baseline_metrics() if knn else (), key=_prominence)
         for board in _boards(trainer):
             board.experiment.add_text("plan", plan_markdown(plan), 0)
-            board.experiment.add_custom_scalars(_layout(knn, pl_module))
-            board.log_hyperparams(self.hyperparameters, metrics)
+            board.experiment.add_custom_scalars(dashboard_layout(trainer.callbacks, pl_module))
+            log_hyperparameters(board, self.hyperparameters, metrics, FIRST_HYPERPARAMETERS)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -138,8 +141,9 @@ class RunFolder(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Have the approach measure what it is about beside k-NN, while it is still on its device."""
         self.memory = peak_memory()
-        if trainer.is_global_zero:
-            self.task = pl_module.eval().measure(trainer.datamodule) if hasattr(pl_module, "measure") else {}
+        if trainer.is_global_zero and hasattr(pl_module, "measure"):
+            with alone():
+                self.task = pl_module.eval().measure(trainer.datamodule)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write results.json and show the table."""
@@ -194,7 +198,7 @@ class RunFolder(Callback):
             "task": self.task,
             "captioning": captions.results if captions else {},
             "retrieval": retrieval.results if retrieval else {},
-            "summary": domain_means(entries),
+            "summary": domain_means(entries) | domain_intervals(entries),
             "guards": guards.results if guards else {},
             "protocol": PROTOCOL,
         }
@@ -222,27 +226,6 @@ def _boards(trainer: lightning.Trainer) -> list[TensorBoardLogger]:
     return [sink for sink in trainer.loggers if isinstance(sink, TensorBoardLogger)]
 
 
-def _layout(knn: KNN | None, module: torch.nn.Module) -> dict[str, dict[str, list]]:
-    sets = knn.sets if knn else []
-    by_domain = {
-        title: [f"knn/{s.name}" for s in sets if s.domain == domain]
-        for title, domain in (("in domain", "in"), ("out of domain", "out"))
-    }
-    deltas = {title: [tag.replace("knn/", "knn_delta/") for tag in tags] for title, tags in by_domain.items() if tags}
-    layout = {
-        "losses": {
-            "total": ["Multiline", ["train/loss", "val/loss"]],
-            "reconstruction": ["Multiline", ["train/reconstruction", "val/reconstruction"]],
-            "contrastive": ["Multiline", ["train/contrastive", "val/contrastive"]],
-        },
-        "held-out retrieval": {
-            "image to text": ["Multiline", [f"retrieval/image_to_text_R@{k}" for k in (1, 5, 10)]],
-            "text to image": ["Multiline", [f"retrieval/text_to_image_R@{k}" for k in (1, 5, 10)]],
-        },
-    }
-    if sets:
-        layout["k-NN accuracy"] = {title: ["Multiline", tags] for title, tags in by_domain.items() if tags}
-        layout["k-NN difference to pretrained"] = {title: ["Multiline", tags] for title, tags in deltas.items()}
-    if routing := routing_layout(module):
-        layout["routing"] = routing
-    return layout
+def _prominence(metric: str) -> int:
+    """Return a metric's place among those that runs are judged by: changes at home and away, of sets, accuracies."""
+    return next(place for place, start in enumerate(("summary/", "knn_delta/", "")) if metric.startswith(start))

@@ -25,10 +25,35 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "APPROACH [-c RECIPE.yaml..] [--json]",
     ),
     "knn": ("wlsup.cli.knn", "score a run, or any encoder, by k-NN", "RUN|WEIGHTS [--sets NAME,..] [--root DIR]"),
+    "wise-ft": (
+        "wlsup.cli.wise_ft",
+        "score the line from the pretrained to the fine-tuned encoder",
+        "RUN [--alphas A,..] [--json]",
+    ),
+    "export": (
+        "wlsup.cli.export",
+        "write an encoder that timm loads, or its adapter, with a model card",
+        "RUN [--alpha A] [--adapter-only] [-o DIR]",
+    ),
+    "evaluate": (
+        "wlsup.cli.evaluate",
+        "compare a run with its pretrained encoder by more than k-NN",
+        "RUN|WEIGHTS [--metrics NAME,..] [--json]",
+    ),
     "caption": (
         "wlsup.cli.caption",
         "caption pictures with what a run has trained",
         "RUN IMAGE.. [--method NAME] [--json]",
+    ),
+    "spectra": (
+        "wlsup.cli.spectra",
+        "WeightWatcher's figures of a run's weights, or any's",
+        "RUN|WEIGHTS [--layers GLOB] [--json]",
+    ),
+    "report": (
+        "wlsup.cli.report",
+        "compare runs on one self-contained page",
+        "RUN.. [-o report.html] [--figures DIR] [--json]",
     ),
     "upcycle": (
         "wlsup.cli.upcycle",
@@ -69,7 +94,12 @@ Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the
   --trainer.precision P         32-true, bf16-mixed, 16-mixed
   --trainer.devices N           processes, one a GPU
   --knn.every_n_epochs N        also score along the way
+  --wise_ft.enabled true        when trained, score the line from the pretrained to the fine-tuned encoder, too
+  --spectra.enabled true        WeightWatcher's figures before and after (docs/spectra.md); --spectra.every_n_epochs N
+  --evaluation.metrics LIST     more than k-NN at the end: probe, few_shot, calibration, drift, classes, zero_shot,
+                                retrieval ([drift, classes])
   --captioning.pictures N       of captioners: held-out pictures that are captioned and scored at the end (128)
+  --projector.pictures N        in TensorBoard's projector: so many test pictures of each set, before and after (0)
   --print_config                print the whole resolved configuration
   --help-all                    every option there is (imports torch: some seconds)
 """
@@ -109,7 +139,7 @@ def command_help(command: str) -> str:
         from wlsup.approaches import APPROACHES
 
         return (_FIT_HELP if command == "fit" else _PRETRAIN_HELP).format(approaches=" | ".join(APPROACHES))
-    if command in ("caption", "data", "knn", "upcycle"):
+    if command in ("caption", "data", "evaluate", "export", "knn", "report", "spectra", "upcycle", "wise-ft"):
         return importlib.import_module(COMMANDS[command][0]).HELP
     _, what, use = COMMANDS[command]
     return f"usage: wlsup {command} {use}\n\n{what[0].upper()}{what[1:]}."

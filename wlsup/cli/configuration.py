@@ -8,38 +8,43 @@ import re
 import sys
 import time
 from argparse import ArgumentError
-from contextlib import nullcontext, suppress
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 
 from wlsup.approaches import APPROACHES, approach_class
 from wlsup.approaches.base import Approach
 from wlsup.callbacks.captions import Captions
+from wlsup.callbacks.checkpoints import CheckpointFiles, Checkpoints
 from wlsup.callbacks.ema import EMA
+from wlsup.callbacks.evaluation import Evaluation
 from wlsup.callbacks.guards import Guards
 from wlsup.callbacks.keyed_randomness import KeyedRandomness
 from wlsup.callbacks.knn import KNN
 from wlsup.callbacks.progress import training_progress
+from wlsup.callbacks.projector import Projector
 from wlsup.callbacks.reconstructions import Reconstructions
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.routing import RoutingMonitor
-from wlsup.callbacks.run_folder import RunFolder
+from wlsup.callbacks.run_folder import FIRST_HYPERPARAMETERS, RunFolder
+from wlsup.callbacks.spectra import Spectra
+from wlsup.callbacks.wise_ft import WiseFT
+from wlsup.checkpoint_file import read_checkpoint
+from wlsup.cli.environments import cluster_environment
 from wlsup.cli.lacking import refuse_what_lacks
-from wlsup.cli.logs import log_to_file
+from wlsup.cli.launch_check import check_this_launch
+from wlsup.cli.loggers import run_loggers
 from wlsup.cli.recipes import approach_named_in
+from wlsup.cli.training import RUN_DIR, resumption
 from wlsup.errors import WlsupError
 
-__all__ = ["WlsupCLI", "build_model", "configure", "load_run", "read_checkpoint", "train"]
-
-_RUN_DIR = "WLSUP_RUN_DIR"  # how the processes of one run agree on its folder
+__all__ = ["WlsupCLI", "build_model", "configure", "load_run", "untrained_run"]
 
 
 class WlsupCLI(LightningCLI):
@@ -51,12 +56,19 @@ class WlsupCLI(LightningCLI):
         parser.add_argument("--preset", type=str, default="mini", help="a label: mini or paper")
         parser.add_argument("--runs", type=str, default="runs", help="where run folders go")
         parser.add_argument("--run_dir", type=str | None, default=None, help="this run's folder, instead of a new one")
-        parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from")
+        parser.add_argument(
+            "--resume", type=str | None, default=None, help="checkpoint to go on from; auto: the run's newest"
+        )
         parser.add_lightning_class_args(Reconstructions, "reconstructions")
         parser.add_lightning_class_args(Guards, "guards")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
         if self._model_class.name in APPROACHES:
             parser.add_lightning_class_args(KNN, "knn")
+            parser.add_lightning_class_args(Evaluation, "evaluation")
             parser.add_lightning_class_args(Captions, "captioning")
+            parser.add_lightning_class_args(WiseFT, "wise_ft")
+            parser.add_lightning_class_args(Spectra, "spectra")
+            parser.add_lightning_class_args(Projector, "projector")
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -71,35 +83,45 @@ class WlsupCLI(LightningCLI):
             raise WlsupError(_explain(str(error), parser)) from error
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a run that lacks several things with all of them listed, before weights are fetched."""
+        """Refuse a wrong launch, and a run that lacks several things with all listed, before anything is made."""
+        check_this_launch(self.config)
         refuse_what_lacks(self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Give the trainer the run's folder, its loggers and the suite's callbacks."""
         self.datamodule.check_files()  # before there is a folder to leave behind
         self.run_dir = _run_dir(self.config)
+        self.resumption = resumption(self.config.resume, self.run_dir)
         kwargs.setdefault("default_root_dir", str(self.run_dir))
         kwargs["enable_progress_bar"] = sys.stderr.isatty()
         if self.config.trainer.logger in (None, True):
-            kwargs["logger"] = [
-                TensorBoardLogger(self.run_dir, name="", version="", default_hp_metric=False),
-                CSVLogger(self.run_dir, name="", version="", flush_logs_every_n_steps=50),
-            ]
+            kwargs["logger"] = run_loggers(self.run_dir, self.resumption.step)
+        plugins = self.config.trainer.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, CheckpointFiles()]
+        environment = cluster_environment(os.environ)
+        if environment is not None and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            plugins = [*plugins, environment]
+        kwargs["plugins"] = plugins
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> lightning.Trainer:
-        given = config.get("callbacks") or []
-        mine = self._callbacks(given if isinstance(given, list) else [given], logs=config.get("logger") is not False)
+        mine = self._callbacks(logs=config.get("logger") is not False)
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoints)]
         return super()._instantiate_trainer(config, [EMA(), *callbacks, *mine])  # those after it see the average
 
-    def _callbacks(self, given: list[Callback], logs: bool) -> list[Callback]:
+    def _callbacks(self, logs: bool) -> list[Callback]:
+        again = self.config.clone()  # what re-runs it makes a run of its own
+        again.run_dir = again.resume = None
         mine: list[Callback] = [
             KeyedRandomness(self.config.seed_everything),
             Retrieval(),
             *([RoutingMonitor()] if logs else []),
             RunFolder(
                 self.run_dir,
-                config=self.parser.dump(self.config, skip_none=False),
+                config=self.parser.dump(again, skip_none=False),
                 hyperparameters=_hyperparameters(self.config),
                 identity={
                     "approach": self.config.approach,
@@ -111,11 +133,6 @@ class WlsupCLI(LightningCLI):
         ]
         if logs:
             mine.append(LearningRateMonitor(logging_interval="step"))
-        if self.config.trainer.enable_checkpointing is not False and not any(
-            isinstance(callback, ModelCheckpoint) for callback in given
-        ):
-            folder = self.run_dir / "checkpoints"
-            mine.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False))
         return mine
 
 
@@ -168,8 +185,8 @@ class _ModelOnlyCLI(WlsupCLI):
 def _run_dir(config: Namespace) -> Path:
     if config.run_dir:
         return Path(config.run_dir)
-    if os.environ.get(_RUN_DIR):
-        return Path(os.environ[_RUN_DIR])
+    if os.environ.get(RUN_DIR):
+        return Path(os.environ[RUN_DIR])
     parent = Path(config.runs) / config.approach / config.preset / f"seed{config.seed_everything}"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for attempt in range(1000):
@@ -211,13 +228,29 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     return " ".join(message.split())
 
 
-_NOT_HYPERPARAMETERS = ("config", "run_dir", "runs", "resume", "preset")
+_TRAINER = (
+    "max_epochs",
+    "max_steps",
+    "precision",
+    "gradient_clip_val",
+    "accumulate_grad_batches",
+    "devices",
+    "num_nodes",
+)
+_NOT_HYPERPARAMETERS = (  # where things lie, how much is shown, how fast it is read: nothing that a result depends on
+    "data.seed", "data.num_workers", "data.root", "data.images", "data.captions", "data.manifest", "data.decoder",
+    "data.eval_sets", "data.max_bad_fraction", "data.cache_features", "model.generation.",
+)  # fmt: skip
 
 
 def _hyperparameters(config: Namespace) -> dict[str, bool | int | float | str]:
-    """Return what was chosen, flat, for TensorBoard's HParams tab: no paths of the run, and nothing left unset."""
-    chosen = {key: value for key, value in config.as_dict().items() if key not in _NOT_HYPERPARAMETERS}
-    return {key: value for key, value in _flat(chosen).items() if value != "None"}
+    """Return what was chosen and changes what is trained, flat, for TensorBoard's HParams tab; nothing left unset."""
+    told = config.as_dict()
+    chosen = {name: told.get(name) for name in ("approach", "preset", "model", "data", "optimizer", "lr_scheduler")}
+    chosen["trainer"] = {name: told["trainer"].get(name) for name in _TRAINER}
+    flat = {"seed": told["seed_everything"], **_flat(chosen)}
+    kept = {k: v for k, v in flat.items() if v != "None" and not k.startswith(_NOT_HYPERPARAMETERS)}
+    return {name: kept[name] for name in (*(n for n in FIRST_HYPERPARAMETERS if n in kept), *kept)}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -235,66 +268,26 @@ def build_model(model_class: type, arguments: list[str], command: str) -> Approa
 
 
 def load_run(folder: Path) -> tuple[Approach, lightning.LightningDataModule]:
-    """Return a finished run's model, as trained, and its data module.
+    """Return a finished run's model, as trained, and its data module; the model remembers where training started.
 
     Raises:
         WlsupError: no configuration or checkpoint in ``folder``, or one that does not fit.
     """
-    from wlsup.data.datamodule import CaptionDataModule
-
-    arguments = ["-c", str(folder / "config.yaml")]
-    cli = configure(approach_class(approach_named_in(arguments)), CaptionDataModule, arguments, "knn", build=False)
+    cli = _run_before_training(folder)
     checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
     cli.model.on_load_checkpoint(checkpoint)
+    cli.model.start.remember(cli.model)
     cli.model.load_state_dict(checkpoint["state_dict"], strict=False)
     return cli.model.eval(), cli.datamodule
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; code inside it never runs.
-
-    Raises:
-        WlsupError: missing, damaged, or holding more than tensors and plain values.
-    """
-    if not path.is_file():
-        raise WlsupError(f"No checkpoint {path.absolute()}. Give the path of a run's checkpoints/last.ckpt.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle's, zipfile's and its own by turns
-        raise WlsupError(
-            f"{path} is not a checkpoint that can be trusted and read ({type(error).__name__}): it is damaged, or "
-            "holds code. Use an earlier checkpoint, or start again."
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise WlsupError(f"{path} is not a checkpoint of wlsup: it has no state_dict.")
-    return checkpoint
+def untrained_run(folder: Path) -> Approach:
+    """Return a run's model as it was before step 1: what its k-NN calls pretrained."""
+    return _run_before_training(folder).model.eval()
 
 
-def train(cli: WlsupCLI) -> None:
-    """Fit, resuming where asked; the run's log file receives what the terminal does."""
-    if cli.config.resume:
-        read_checkpoint(Path(cli.config.resume))
-    log = log_to_file(cli.run_dir / "run.log") if cli.trainer.is_global_zero else nullcontext()
-    before = os.environ.get(_RUN_DIR)
-    os.environ[_RUN_DIR] = str(cli.run_dir)  # the processes that fit() starts inherit it; the next run does not
-    # Lightning before 2.6 has no such argument; the checkpoint has then been read safely once, above
-    safely = {"weights_only": True} if "weights_only" in signature(cli.trainer.fit).parameters else {}
-    try:
-        with log:
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.resume, **safely)
-    except WlsupError:
-        if cli.trainer.is_global_zero:
-            _forget_unbegun(cli.run_dir)
-        raise
-    finally:
-        os.environ.pop(_RUN_DIR) if before is None else os.environ.update({_RUN_DIR: before})
+def _run_before_training(folder: Path) -> WlsupCLI:
+    from wlsup.data.datamodule import CaptionDataModule
 
-
-def _forget_unbegun(folder: Path) -> None:
-    """Take away the folder of a run that was refused before it wrote its configuration."""
-    if (folder / "config.yaml").is_file():
-        return
-    for file in (folder / "run.log", *folder.glob("events.out.tfevents.*")):
-        file.unlink(missing_ok=True)
-    with suppress(OSError):  # something else lies in it: then it stays
-        folder.rmdir()
+    arguments = ["-c", str(folder / "config.yaml")]
+    return configure(approach_class(approach_named_in(arguments)), CaptionDataModule, arguments, "knn", build=False)

@@ -13,9 +13,9 @@ def run(arguments: list[str]) -> int:
     """Train one approach and print what it did to the encoder."""
     name = approach_named_in(arguments)
     log_to_terminal()
-    from wlsup.cli.configuration import configure, train
+    from wlsup.cli.configuration import configure
+    from wlsup.cli.training import train
     from wlsup.data.datamodule import CaptionDataModule
 
     cli = configure(approach_class(name), CaptionDataModule, arguments, "fit")
-    train(cli)
-    return 0
+    return train(cli)

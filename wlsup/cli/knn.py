@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wlsup.cli.export import ADAPTER_CONFIG, load_adapter
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
 from wlsup.errors import WlsupError
@@ -18,7 +19,8 @@ usage: wlsup knn RUN|WEIGHTS [options]
 
 Score an encoder by weighted k-NN, without training.
 
-  RUN|WEIGHTS                   a run's folder; or mini, a timm name, hf-hub:ID, a local weight file or folder
+  RUN|WEIGHTS                   a run's folder, or what `wlsup export` made of one; or mini, a timm name, hf-hub:ID, a
+                                local weight file or folder
   --sets NAME,..                eval sets: cifar10, cifar100, svhn, eurosat, dtd, imagenet, mini_shapes, ...;
                                 by default the run's own, or the four mini ones
   --root DIR                    the folder of the published sets (by default the run's; the environment's
@@ -32,7 +34,7 @@ Score an encoder by weighted k-NN, without training.
 
 
 def run(arguments: list[str]) -> int:
-    """Print accuracy by set and k."""
+    """Print accuracy by set and k, each with Wilson's interval over the queries."""
     parser = CommandParser("knn")
     parser.add_argument("target")
     parser.add_argument("--sets")
@@ -52,17 +54,34 @@ def run(arguments: list[str]) -> int:
         print(json.dumps({"target": options.target, "protocol": PROTOCOL, "knn": entries}, indent=2))
         return 0
     from rich.console import Console
+
+    _show(options.target, entries, Console())
+    return 0
+
+
+def _show(target: str, entries: dict[str, Any], console: Any) -> None:
     from rich.table import Table
 
+    from wlsup.evaluation.knn import protocol_id
+
     ks = sorted({k for entry in entries.values() for k in entry["accuracy"]}, key=int)
-    table = Table(title=f"k-NN accuracy of {options.target}, %", title_justify="left")
+    table = Table(title=f"k-NN accuracy of {target}, %", title_justify="left")
     for column in ("set", "domain", "bank", "queries", *(f"k={k}" for k in ks)):
-        table.add_column(column, justify="left" if column in ("set", "domain") else "right")
+        table.add_column(column, justify="left" if column in ("set", "domain") else "right", no_wrap=True)
     for name, entry in entries.items():
-        scores = [f"{100 * entry['accuracy'][k]:.1f}" if k in entry["accuracy"] else "-" for k in ks]
+        scores = [_score_of(entry, k) for k in ks]
         table.add_row(name, entry["domain"], str(entry["train"]), str(entry["test"]), *scores)
-    Console().print(table)
-    return 0
+    # In its own width, where rich would cut numbers short in a narrow terminal.
+    console.print(table, soft_wrap=True, width=max(console.width, console.measure(table).maximum))
+    protocol = protocol_id().replace(" k=20", "")
+    print(f"In brackets Wilson's 95 % interval over the queries. Protocol: {protocol}, k as in the columns.")
+
+
+def _score_of(entry: dict[str, Any], k: str) -> str:
+    if k not in entry["accuracy"]:
+        return "-"
+    low, high = entry["ci95"][k]
+    return f"{100 * entry['accuracy'][k]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _score(options: argparse.Namespace) -> dict[str, Any]:
@@ -72,18 +91,20 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
     from wlsup.cli.configuration import load_run
     from wlsup.data.datamodule import CaptionDataModule
     from wlsup.data.evalsets import check_eval_sets, locate_eval_set
+    from wlsup.evaluation.statistics import wilson
     from wlsup.models.vision import VisionSpec, build_vision
 
     folder = Path(options.target)
     names = None if options.sets is None else [name.strip() for name in options.sets.split(",")]
-    is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    is_run = is_adapter or ((folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir())
     data = CaptionDataModule(eval_sets=None if is_run else names, root=options.root)
     if not is_run:
         data.check_files()  # before an encoder is loaded for nothing
     if is_run:
         if options.random or options.pixels:
             raise WlsupError("--random and --pixels compare an encoder, not a run: give the encoder's weights.")
-        module, data = load_run(folder)
+        module, data = load_adapter(folder) if is_adapter else load_run(folder)
         spec = module.image_spec
         data.root = options.root or data.root
         if names is not None:  # a name means what it meant in the run, where the run had it
@@ -108,6 +129,10 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
             "train": result.train,
             "test": result.test,
             "accuracy": {str(k): accuracy for k, accuracy in result.accuracy.items()},
+            "ci95": {
+                str(k): list(wilson(round(accuracy * result.test), result.test)[1:])
+                for k, accuracy in result.accuracy.items()
+            },
         }
     return entries
 

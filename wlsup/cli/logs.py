@@ -51,11 +51,13 @@ def log_to_terminal(quiet: bool = False) -> None:
     if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
         handler = _Terminal()
         handler.setFormatter(logging.Formatter("%(message)s"))
-        handler.setLevel(logging.WARNING if quiet else logging.INFO)
         if sys.stderr.isatty():
             # a bar shows what these lines would say
             handler.addFilter(lambda record: record.levelno > logging.INFO or record.module != "progress")
         logger.addHandler(handler)
+    for handler in logger.handlers:
+        if isinstance(handler, _Terminal):
+            handler.setLevel(logging.WARNING if quiet else logging.INFO)
     for name in ("pytorch", "fabric"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
         logging.getLogger(f"lightning.{name}.utilities.rank_zero").setLevel(logging.WARNING)

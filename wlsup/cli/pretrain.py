@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from wlsup.cli.configuration import configure, train
+from wlsup.cli.configuration import configure
 from wlsup.cli.logs import log_to_terminal
+from wlsup.cli.training import train
 
 __all__ = ["run"]
 
@@ -20,9 +21,9 @@ def run(arguments: list[str]) -> int:
     from wlsup.models.mae import save_mae
 
     cli = configure(MAEPretraining, ImageDataModule, arguments, "pretrain")
-    train(cli)
-    if cli.trainer.is_global_zero:
+    code = train(cli)
+    if cli.trainer.is_global_zero and not code:
         folder = cli.run_dir / "model"
         save_mae(cli.model.mae, folder)
         logger.info("encoder and decoder in %s: --model.encoder.weights %s", folder, folder)
-    return 0
+    return code

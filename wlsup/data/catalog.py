@@ -275,6 +275,73 @@ _ENTRIES = (
         domain="in",
         samples={"train": 1_281_167, "val": 50_000},
     ),
+    # Of these nobody publishes checksums. The bank of each is ImageNet's train/.
+    CatalogEntry(
+        "imagenet_v2",
+        "ImageNet-V2, matched frequency: ImageNet's validation set collected anew",
+        "eval",
+        (
+            RemoteFile(
+                "https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/imagenetv2-matched-frequency.tar.gz",
+                1_260 * _MB,
+                unpacked=1_300 * _MB,
+                gives=("imagenetv2-matched-frequency-format-val/0", "imagenetv2-matched-frequency-format-val/999"),
+            ),
+        ),
+        ("imagenetv2-matched-frequency-format-val/<0..999>/*.jpeg",),
+        "MIT for the code; the photos keep their Flickr licences. Cite Recht et al. (2019). Needs imagenet as bank.",
+        domain="in",
+        samples={"test": 10_000},
+    ),
+    CatalogEntry(
+        "imagenet_a",
+        "ImageNet-A: photos of 200 classes that a ResNet-50 gets wrong",
+        "eval",
+        (
+            RemoteFile(
+                "https://people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar",
+                688 * _MB,
+                unpacked=690 * _MB,
+                gives=("imagenet-a/n01498041",),
+            ),
+        ),
+        ("imagenet-a/<wnid>/*.jpg",),
+        "MIT for the code; the photos keep their licences. Cite Hendrycks et al. (2021). Needs imagenet as bank.",
+        domain="out",
+        samples={"test": 7_500},
+    ),
+    CatalogEntry(
+        "imagenet_r",
+        "ImageNet-R: art, cartoons, toys and other renditions of 200 classes",
+        "eval",
+        (
+            RemoteFile(
+                "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
+                2_190 * _MB,
+                unpacked=2_200 * _MB,
+                gives=("imagenet-r/n01443537",),
+            ),
+        ),
+        ("imagenet-r/<wnid>/*.jpg",),
+        "MIT for the code; the pictures keep their licences. Cite Hendrycks et al. (2021). Needs imagenet as bank.",
+        domain="out",
+        samples={"test": 30_000},
+    ),
+    CatalogEntry(
+        "imagenet_sketch",
+        "ImageNet-Sketch: black and white sketches of ImageNet's 1,000 classes",
+        "eval",
+        (),
+        ("sketch/<wnid>/*.JPEG",),
+        "Licence by its authors' repository; cite Wang et al. (2019). Needs imagenet as bank.",
+        by_hand=(
+            "ImageNet-Sketch has no direct address. From https://github.com/HaohanWang/ImageNet-Sketch follow the link "
+            "to ImageNet-Sketch.zip, unpack it, and put or link its sketch/<wnid>/*.JPEG here."
+        ),
+        by_hand_gives=("sketch/n*",),
+        domain="out",
+        samples={"test": 50_889},
+    ),
 )
 
 CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in _ENTRIES}

@@ -17,7 +17,7 @@ from wlsup.data.dataset import CaptionDataset, PictureDataset
 from wlsup.data.decoders import available_decoders, check_decoder, decoders_used
 from wlsup.data.evalsets import EvalSetSpec, build_eval_set, check_eval_sets, locate_eval_set
 from wlsup.data.feature_cache import CachedDataset, cache_of
-from wlsup.data.loader import BatchLoader, make_loader
+from wlsup.data.loader import PATIENCE, BatchLoader, make_loader
 from wlsup.data.replay import ReplayDataset, check_replay, replay_pictures
 from wlsup.data.sampler import EpochSampler
 from wlsup.data.sources import CaptionSource, SourceRequest, check_source, load_source
@@ -63,6 +63,7 @@ class KeyedDataModule(lightning.LightningDataModule, ABC):
         self.decoder = check_decoder(decoder)
         self.bad = BadSampleCounter(max_bad_fraction)
         self.image_spec: ImageSpec | None = None
+        self.patience = PATIENCE
 
     @abstractmethod
     def check_files(self) -> None:
@@ -140,12 +141,12 @@ class KeyedDataModule(lightning.LightningDataModule, ABC):
                 f"training samples for one step, and there are {len(dataset)}. Lower batch_size or use more pairs."
             )
         self.bad.expect("train", len(sampler), len(dataset))
-        return make_loader(dataset, sampler, self.batch_size, self.num_workers, self.note)
+        return make_loader(dataset, sampler, self.batch_size, self.num_workers, self.note, self.patience)
 
     def _val_loader(self, dataset: PictureDataset) -> BatchLoader:
         # Every rank sees all of it: it is small, and retrieval ranks each caption against every picture.
         sampler = EpochSampler(len(dataset), batch_size=self.batch_size, shuffle=False)
-        return make_loader(dataset, sampler, self.batch_size, self.num_workers, self.note)
+        return make_loader(dataset, sampler, self.batch_size, self.num_workers, self.note, self.patience)
 
 
 class CaptionDataModule(KeyedDataModule):
@@ -180,6 +181,7 @@ class CaptionDataModule(KeyedDataModule):
             as captioned ones: "mini" for generated ones, a folder or tar, or several. None: "mini" with source "mini".
         cache_features: for approaches that leave the encoder as it is: run it once over all pictures, and train on what
             it made of them. There is no augmentation then.
+        patience: seconds to wait for one batch before the run ends and says so, 0 for ever.
 
     Attributes:
         image_spec: set it, or attach a trainer whose module has one.
@@ -209,8 +211,12 @@ class CaptionDataModule(KeyedDataModule):
         shuffle_window: int | None = None,
         replay: str | list[str] | None = None,
         cache_features: bool = False,
+        patience: float = PATIENCE,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, max_bad_fraction, decoder)
+        if patience < 0:
+            raise WlsupError(f"patience={patience:g}: give seconds >= 0.")
+        self.patience = patience
         self.replay = "mini" if replay is None and source == "mini" else replay
         self.cache_features = cache_features
         self._caches: dict[str, CachedDataset] = {}

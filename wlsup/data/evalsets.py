@@ -44,26 +44,45 @@ class EvalSetSpec:
             data module's ``root``.
         kind: "imagefolder" for ``train/<class>/*.jpg`` and ``test/<class>/*.jpg`` (or ``val``) in ``images``; "table"
             for a file that names each picture's split and label; or a published set: "cifar10", "cifar100", "svhn",
-            "eurosat", "dtd", "imagenet". None for the published set of that name if no labels
-            are given, or else "table".
+            "eurosat", "dtd", "imagenet", and ImageNet's other test sets "imagenet_v2", "imagenet_a", "imagenet_r",
+            "imagenet_sketch". None for the published set of that name if no labels are given, or else "table".
         labels: for "table": a CSV (TSV, JSON lines) with the columns file, split, label and, optionally, class.
         train: name of the split that becomes the bank.
         test: name of the split that becomes the queries; None for the first of test, val, validation that is there.
         domain: "in" or "out", relative to what the encoder was pretrained on; None for a published set's own (relative
             to ImageNet), or else "out".
         partition: of DTD, 1 to 10.
+        bank: of ImageNet's other test sets, the folder of ImageNet, whose training pictures are their bank; None to
+            look under the data module's ``root``.
         max_bad_fraction: highest tolerated fraction of pictures that the table lists and nobody has.
     """
 
     name: str
     images: str | None = None
-    kind: Literal["imagefolder", "table", "cifar10", "cifar100", "svhn", "eurosat", "dtd", "imagenet"] | None = None
+    kind: (
+        Literal[
+            "imagefolder",
+            "table",
+            "cifar10",
+            "cifar100",
+            "svhn",
+            "eurosat",
+            "dtd",
+            "imagenet",
+            "imagenet_v2",
+            "imagenet_a",
+            "imagenet_r",
+            "imagenet_sketch",
+        ]
+        | None
+    ) = None
     labels: str | None = None
     train: str = "train"
     test: str | None = None
     domain: Domain | None = None
     max_bad_fraction: float = 0.05
     partition: int = 1
+    bank: str | None = None
 
 
 class LabelledPictures(Dataset):
@@ -165,12 +184,14 @@ def locate_eval_set(entry: str | EvalSetSpec, root: str | None = None) -> None:
     Raises:
         WlsupError: naming what is missing and where it was looked for.
     """
-    from wlsup.data.published import PUBLISHED, locate
+    from wlsup.data.published import PUBLISHED, locate, locate_bank
 
     kind = _kind(entry)
     entry = EvalSetSpec(entry) if isinstance(entry, str) else entry
     if kind in PUBLISHED:
         locate(kind, entry, root)
+        if PUBLISHED[kind].bank:
+            locate_bank(kind, entry, root)
         return
     for option in ("images", "labels"):
         check_path(getattr(entry, option), f"{option} of eval set {entry.name!r}")

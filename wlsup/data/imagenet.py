@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from wlsup.errors import WlsupError
 
-__all__ = ["class_names_of", "is_wnid"]
+__all__ = ["class_names_of", "imagenet_wnids", "is_wnid"]
 
 _WNID = re.compile(r"n\d{8}")
 
@@ -16,6 +17,14 @@ _WNID = re.compile(r"n\d{8}")
 def is_wnid(name: str) -> bool:
     """Say whether a folder's name is a WordNet id, such as n01440764."""
     return _WNID.fullmatch(name) is not None
+
+
+@cache
+def imagenet_wnids() -> tuple[str, ...]:
+    """Return ImageNet's 1,000 wnids, ascending: class 0 is the first, as in ILSVRC 2012 and its successors."""
+    from timm.data import ImageNetInfo  # on use: timm takes seconds to import
+
+    return tuple(sorted(ImageNetInfo("imagenet-1k").label_names()))
 
 
 def class_names_of(wnids: Iterable[str], mapping: Path | None = None) -> dict[str, list[str]]:

@@ -1,9 +1,14 @@
-"""A DataLoader that tells what was skipped, ends on one clean error, and resumes in mid-epoch."""
+"""A DataLoader that tells what was skipped, never waits for ever, ends on one clean error, and resumes in mid-epoch."""
 
 from __future__ import annotations
 
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -12,7 +17,10 @@ from torch.utils.data import DataLoader
 from wlsup.data.sampler import EpochSampler
 from wlsup.errors import WlsupError
 
-__all__ = ["BatchLoader", "Failure", "make_loader"]
+__all__ = ["PATIENCE", "BatchLoader", "Failure", "make_loader"]
+
+PATIENCE = 900.0
+"""Seconds that a run waits for one batch, unless told otherwise."""
 
 
 @dataclass
@@ -35,12 +43,20 @@ class BatchLoader(DataLoader):
     Args:
         *args: as `DataLoader`.
         on_batch: called with each batch before it is yielded; it may raise.
+        patience: seconds to wait for one batch, 0 for ever. With workers the wait ends whatever they hang in; without,
+            only in the main thread, and not inside a system call that cannot be interrupted.
         **kwargs: as `DataLoader`.
+
+    Raises:
+        WlsupError: while it is iterated: a failure in a worker, a worker that was killed, or no batch in time.
     """
 
-    def __init__(self, *args: Any, on_batch: Callable[[Any], None] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *args: Any, on_batch: Callable[[Any], None] | None = None, patience: float = 0.0, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, timeout=patience if kwargs.get("num_workers") else 0, **kwargs)
         self.on_batch = on_batch
+        self.patience = patience
         self._batches = 0
         self._resume: dict[str, int] | None = None
 
@@ -53,7 +69,7 @@ class BatchLoader(DataLoader):
             self.sampler.start = self._batches * (self.batch_size or 1)
         batches = super().__iter__()
         try:
-            for batch in batches:
+            while (batch := self._next(batches)) is not _END:
                 if isinstance(batch, Failure):
                     raise WlsupError(batch.message)
                 self._batches += 1
@@ -64,6 +80,28 @@ class BatchLoader(DataLoader):
         except Exception:
             # At once: workers that the garbage collector finds later may wait out a timeout of five seconds each.
             self._stop_workers(batches)
+            raise
+
+    def _next(self, batches: Any) -> Any:
+        """Return the next batch, or `_END`.
+
+        Raises:
+            WlsupError: a worker was killed, or there was no batch in time.
+        """
+        try:
+            with _alarm(0.0 if self.num_workers else self.patience):
+                return next(batches, _END)
+        except RuntimeError as error:
+            told = f"{error.__cause__} {error}"
+            if killed := re.search(r"is killed by signal: (\w+)|exited unexpectedly", told):
+                how = f"was killed ({killed[1]})" if killed[1] else "ended unexpectedly"
+                raise WlsupError(
+                    f"A process that reads pictures {how}, as the system does to the largest one when memory runs out. "
+                    f"Lower data.num_workers (now {self.num_workers}) or ask for more memory, and go on with "
+                    "--resume auto."
+                ) from error
+            if "timed out" in str(error):
+                raise WlsupError(_stalled(self.patience)) from error
             raise
 
     def _stop_workers(self, batches: Any) -> None:
@@ -80,8 +118,46 @@ class BatchLoader(DataLoader):
         self._resume = dict(state)
 
 
+_END = object()
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Interrupt what takes longer, where the system can.
+
+    Raises:
+        WlsupError: it took longer.
+    """
+    if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise WlsupError(_stalled(seconds))
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _stalled(seconds: float) -> str:
+    return (
+        f"No batch came in {seconds:g} s: what holds the pictures does not answer. Look at that file system, and go on "
+        "with --resume auto; data.patience says how long a run waits."
+    )
+
+
 def make_loader(
-    dataset: Any, sampler: EpochSampler, batch_size: int, num_workers: int, on_batch: Callable[[Any], None] | None
+    dataset: Any,
+    sampler: EpochSampler,
+    batch_size: int,
+    num_workers: int,
+    on_batch: Callable[[Any], None] | None,
+    patience: float = PATIENCE,
 ) -> BatchLoader:
     """Build the loader of a data set whose ``__getitems__`` returns whole batches.
 
@@ -91,6 +167,7 @@ def make_loader(
         batch_size: of this process.
         num_workers: processes that read; 0 reads in this one. The batches are the same whatever the number.
         on_batch: see `BatchLoader`.
+        patience: see `BatchLoader`.
     """
     return BatchLoader(
         dataset,
@@ -99,6 +176,7 @@ def make_loader(
         num_workers=num_workers,
         collate_fn=_as_is,
         on_batch=on_batch,
+        patience=patience,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         # Its own generator: else each iterator draws a number from torch's global stream, and a resumed run's

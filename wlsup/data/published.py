@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -16,13 +17,14 @@ from torch.utils.data import Dataset
 from wlsup.batch import Domain, EvalSet, ImageSpec
 from wlsup.data.cifar import CIFAR10, CIFAR100, read_cifar
 from wlsup.data.evalsets import EvalSetSpec, LabelledPictures
+from wlsup.data.imagenet_variants import VARIANTS, read_variant
 from wlsup.data.locate import data_root
 from wlsup.data.published_folders import EUROSAT_PLACES, FolderRows, read_dtd, read_eurosat, read_imagenet
 from wlsup.data.svhn import read_svhn
 from wlsup.data.transforms import EvalTransform, normalize
 from wlsup.errors import WlsupError
 
-__all__ = ["PUBLISHED", "ArrayRows", "LabelledArray", "PublishedSet", "locate", "published_eval_set"]
+__all__ = ["PUBLISHED", "ArrayRows", "LabelledArray", "PublishedSet", "locate", "locate_bank", "published_eval_set"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,14 @@ class PublishedSet:
     Args:
         domain: relative to pretraining on ImageNet.
         needs: a path each of whose variants (a tuple) would do, below the set's folder; all are needed.
-        read: (folder, entry) -> its pictures and labels.
+        read: (folder, entry) -> its pictures and labels; of a set with a ``bank`` (folder, bank's folder, entry).
+        bank: another published set, whose training pictures are this one's bank; "" for a set with its own.
     """
 
     domain: Domain
     needs: tuple[tuple[str, ...], ...]
-    read: Callable[[Path, EvalSetSpec], ArrayRows | FolderRows]
+    read: Callable[..., ArrayRows | FolderRows]
+    bank: str = ""
 
 
 DIGITS = tuple("0123456789")
@@ -107,6 +111,13 @@ PUBLISHED: dict[str, PublishedSet] = {
         ),
         read_imagenet,
     ),
+    **{
+        # Their pictures are not as ImageNet's are: V2's nearly so, the others' far away.
+        kind: PublishedSet(
+            "in" if kind == "imagenet_v2" else "out", (variant.places,), partial(read_variant, kind), bank="imagenet"
+        )
+        for kind, variant in VARIANTS.items()
+    },
 }
 
 
@@ -123,14 +134,36 @@ def published_eval_set(kind: str, entry: EvalSetSpec, spec: ImageSpec, root: str
         WlsupError: saying which files are missing and where they were looked for, or what is wrong with them.
     """
     published = PUBLISHED[kind]
-    rows = published.read(locate(kind, entry, root), entry)
+    folder = locate(kind, entry, root)
+    rows = published.read(folder, *([locate_bank(kind, entry, root)] if published.bank else []), entry)
     if isinstance(rows, ArrayRows):
         train, test = LabelledArray(*rows.train, spec), LabelledArray(*rows.test, spec)
     else:
-        train, test = (LabelledPictures(rows.store, names, labels, spec) for names, labels in (rows.train, rows.test))
+        train = LabelledPictures(rows.store, *rows.train, spec)
+        test = LabelledPictures(rows.store if rows.test_store is None else rows.test_store, *rows.test, spec)
     if not len(train) or not len(test):
         raise WlsupError(f"Eval set {entry.name!r} has {len(train)} training and {len(test)} test pictures.")
     return EvalSet(entry.name, entry.domain or published.domain, train, test, list(rows.class_names))
+
+
+def locate_bank(kind: str, entry: EvalSetSpec, root: str | None = None) -> Path:
+    """Return the folder of the set whose training pictures are this one's bank; arguments as `published_eval_set`.
+
+    Raises:
+        WlsupError: saying that it is the bank that is missing, and where it was looked for.
+    """
+    bank = PUBLISHED[kind].bank
+    base = data_root(root)
+    candidates = [Path(entry.bank).expanduser()] if entry.bank is not None else [base / bank, base]
+    places = PUBLISHED[bank].needs[0]  # its training pictures: of its test pictures there is no need
+    for folder in candidates:
+        if any((folder / place).is_dir() for place in places):
+            return folder
+    raise WlsupError(
+        f"Eval set {entry.name!r} needs the training pictures of {bank} for its bank: {' or '.join(places)} missing. "
+        f"Looked in {' and '.join(map(str, candidates))}. Run `wlsup data fetch {bank}` to see how to get it, or give "
+        f"{{name: {entry.name}, bank: DIR}}."
+    )
 
 
 def locate(kind: str, entry: EvalSetSpec, root: str | None = None) -> Path:

@@ -18,6 +18,7 @@ __all__ = [
     "EUROSAT_PLACES",
     "FolderRows",
     "eurosat_test_numbers",
+    "imagenet_base",
     "read_dtd",
     "read_eurosat",
     "read_imagenet",
@@ -52,12 +53,14 @@ class FolderRows:
         train: names, as the store knows them, and labels.
         test: likewise.
         class_names: one a class id.
+        test_store: where the test pictures lie; None for ``store``.
     """
 
     store: ImageStore
     train: _Part
     test: _Part
     class_names: list[str]
+    test_store: ImageStore | None = None
 
 
 def eurosat_test_numbers() -> dict[str, list[int]]:
@@ -130,9 +133,7 @@ def read_imagenet(folder: Path, entry: EvalSetSpec) -> FolderRows:
     Raises:
         WlsupError: if there are no class folders.
     """
-    base = next(
-        folder / place for place in (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC") if (folder / place / "train").is_dir()
-    )
+    base = imagenet_base(folder)
     store = FolderStore(base)
     found: dict[str, list[tuple[str, str]]] = {}
     for split in ("train", "val"):
@@ -161,6 +162,12 @@ def read_imagenet(folder: Path, entry: EvalSetSpec) -> FolderRows:
         ([name for name, _ in found[split]], [ids[wnid] for _, wnid in found[split]]) for split in ("train", "val")
     )
     return FolderRows(store, train, test, class_names)
+
+
+def imagenet_base(folder: Path) -> Path:
+    """Return the folder that holds ImageNet's ``train``: itself, or where Kaggle puts it."""
+    places = (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
+    return next(folder / place for place in places if (folder / place / "train").is_dir())
 
 
 def _dtd_list(path: Path) -> list[str]:

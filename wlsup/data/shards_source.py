@@ -10,6 +10,7 @@ import numpy as np
 from wlsup.data.shard_index import INDEX_NAME, ShardIndex, load_index, save_index, verify_shards
 from wlsup.data.shards import ShardPictures, build_index
 from wlsup.data.sources import CaptionSource, SourceRequest, register
+from wlsup.data.staged import staged
 from wlsup.errors import WlsupError
 
 __all__ = ["open_shards", "read_shards", "shards_source"]
@@ -61,7 +62,7 @@ def open_shards(path: str | Path) -> tuple[Path, ShardIndex]:
     Raises:
         WlsupError: see `shards_source`.
     """
-    path = Path(path).expanduser()
+    path = staged(Path(path).expanduser())
     if path.is_file():
         if (path.parent / INDEX_NAME).exists():
             verify_shards(load_index(path.parent), path.parent, only=path.name)

@@ -13,7 +13,7 @@ from wlsup.errors import WlsupError
 from wlsup.evaluation.features import Features
 from wlsup.evaluation.neighbors import SIMILARITY_TOLERANCE, Search, nearest_neighbors
 
-__all__ = ["PROTOCOL", "KNNResult", "knn_accuracy", "knn_predict", "protocol_id"]
+__all__ = ["PROTOCOL", "KNNResult", "knn_accuracy", "knn_predict", "knn_probabilities", "protocol_id"]
 
 _VOTE_BYTES = 2**22  # of (queries, classes) votes held at once
 
@@ -118,6 +118,28 @@ def knn_predict(
         if progress is not None:
             progress(rows.stop, len(queries))
     return predictions if isinstance(k, Sequence) else predictions[k]
+
+
+def knn_probabilities(
+    bank: Features, queries: Features, *, num_classes: int, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """Return each class's share of the k nearest neighbours' votes, the probabilities that `knn_predict` decides by.
+
+    Args:
+        bank: training pictures' features, of unit length, and labels.
+        queries: the test pictures'.
+        num_classes: C.
+        k: neighbours that vote, in 1..n.
+        temperature: of the vote, above 0.
+
+    Returns:
+        (m, C), rows sum to 1, fp32. Classes without a neighbour have 0.
+    """
+    shares = torch.zeros(len(queries), num_classes)
+    for rows, similarities, indices in nearest_neighbors(bank.features, queries.features, [k]):
+        weights = ((similarities - similarities[:, :1]) / temperature).exp()
+        shares[rows].scatter_add_(1, bank.labels[indices], weights / weights.sum(1, keepdim=True))
+    return shares
 
 
 def knn_accuracy(

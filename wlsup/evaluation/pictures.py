@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["reconstruction_grid"]
+from wlsup.batch import ImageSpec
+
+__all__ = ["denormalised", "reconstruction_grid"]
+
+
+def denormalised(image: Tensor, spec: ImageSpec) -> np.ndarray:
+    """Return a picture as it was before the encoder's normalisation, (H, W, 3) uint8.
+
+    Args:
+        image: (3, H, W), normalised.
+        spec: by which.
+    """
+    scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (spec.std, spec.mean))
+    pixels = (image.float().cpu() * scale + shift).clamp(0, 1)
+    return (255 * pixels).round().byte().permute(1, 2, 0).numpy()
 
 
 def reconstruction_grid(

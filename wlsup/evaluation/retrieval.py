@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from wlsup.errors import WlsupError
 from wlsup.evaluation.neighbors import SIMILARITY_TOLERANCE, full_precision
+from wlsup.evaluation.statistics import mean_over_pictures
 
-__all__ = ["retrieval_recall"]
+__all__ = ["PROTOCOL", "retrieval_hits", "retrieval_intervals", "retrieval_recall"]
+
+PROTOCOL = "retrieval:v1 cosine, expected recall among equals, bootstrap over the pairs that ask"
+"""The id kept beside recalls."""
 
 
-@torch.no_grad()
 def retrieval_recall(
     image: Tensor, text: Tensor, ks: Sequence[int] = (1, 5, 10), *, keys: Sequence[str] | None = None, tile: int = 1024
 ) -> dict[str, dict[int, float]]:
@@ -37,6 +40,19 @@ def retrieval_recall(
     Raises:
         WlsupError: if shapes disagree, there are no pairs, an embedding is not finite, or a k is below 1.
     """
+    hits = retrieval_hits(image, text, ks, keys=keys, tile=tile)
+    return {name: {k: float(each.mean()) for k, each in by_k.items()} for name, by_k in hits.items()}
+
+
+@torch.no_grad()
+def retrieval_hits(
+    image: Tensor, text: Tensor, ks: Sequence[int] = (1, 5, 10), *, keys: Sequence[str] | None = None, tile: int = 1024
+) -> dict[str, dict[int, Tensor]]:
+    """Return what each pair adds to `retrieval_recall`: its expected hit, in [0, 1]; arguments and errors as there.
+
+    Returns:
+        ``{"image_to_text": {k: (n,) hits}, "text_to_image": {k: hits}, "chance": {k: hits}}``, fp64 on the CPU.
+    """
     if image.ndim != 2 or image.shape != text.shape or not image.numel():
         raise WlsupError(
             f"Retrieval needs as many image as text embeddings, one or more, of one width: (n, D) each, not "
@@ -57,9 +73,24 @@ def retrieval_recall(
     with full_precision():
         forth, back = (_ranks(a, b, pictures, tile) for a, b in ((image, text), (text, image)))
     return {
-        "image_to_text": {k: _recall(*forth, k) for k in ks},
-        "text_to_image": {k: _recall(*back, k) for k in ks},
-        "chance": {k: _recall(torch.zeros_like(wrong), wrong, k) for k in ks},
+        "image_to_text": {k: _hits(*forth, k) for k in ks},
+        "text_to_image": {k: _hits(*back, k) for k in ks},
+        "chance": {k: _hits(torch.zeros_like(wrong), wrong, k) for k in ks},
+    }
+
+
+def retrieval_intervals(hits: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, list[float]]]:
+    """Return 95 % bootstrap intervals of both directions' recall over the pairs that ask, the pairs that answer kept.
+
+    Args:
+        hits: of `retrieval_hits`.
+
+    Returns:
+        ``{"image_to_text": {k: [low, high]}, "text_to_image": {k: [low, high]}}``.
+    """
+    return {
+        direction: {k: list(mean_over_pictures(each)[1:]) for k, each in hits[direction].items()}
+        for direction in ("image_to_text", "text_to_image")
     }
 
 
@@ -83,6 +114,6 @@ def _ranks(queries: Tensor, targets: Tensor, pictures: Tensor, tile: int) -> tup
     return closer, level
 
 
-def _recall(closer: Tensor, level: Tensor, k: int) -> float:
-    """Return the expected recall@k when each query's own target is anywhere among the ``level`` ones beside it."""
-    return float(((k - closer).double() / (level + 1)).clamp(0, 1).mean())
+def _hits(closer: Tensor, level: Tensor, k: int) -> Tensor:
+    """Return expected hits at k when each query's own target is anywhere among the ``level`` ones beside it."""
+    return ((k - closer).double() / (level + 1)).clamp(0, 1).cpu()

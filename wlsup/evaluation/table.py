@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,22 +11,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from wlsup.evaluation.statistics import Interval, mean_of_intervals, wilson
+
 __all__ = ["knn_markdown", "knn_table", "knn_text", "print_knn_table"]
 
 _HEADERS = ("set", "domain", "k", "pretrained", "fine-tuned", "change", "95% interval", "")
 _RIGHT = (False, False, True, True, True, True, True, False)
-_STYLES = {"gain": "green", "loss": "red", "unsure": "dim", "mean": ""}
-_VERDICTS = {"gain": "gain", "loss": "loss", "unsure": "unsure", "mean": ""}
+_STYLES = {"gain": "green", "loss": "red", "unsure": "dim", "": ""}
+_Verdict = Literal["gain", "loss", "unsure", ""]
 _NOTE = (
-    "Top-1 accuracy in %, change in points. Gain or loss: the change's 95% interval\n"
-    "(paired bootstrap over test pictures) excludes 0."
+    "Top-1 accuracy in % +- half of Wilson's 95% interval, change in points. Gain or\n"
+    "loss: the change's 95% interval (paired bootstrap over test pictures; of means\n"
+    "made of the sets' own) excludes 0. All of it is about this seed."
 )
 
 
 @dataclass(frozen=True)
 class _Row:
     cells: tuple[str, ...]
-    verdict: Literal["gain", "loss", "unsure", "mean"]
+    verdict: _Verdict
+    mean: bool = False
 
 
 def knn_table(results: Mapping[str, Any]) -> Table:
@@ -37,7 +42,7 @@ def knn_table(results: Mapping[str, Any]) -> Table:
     rows = _rows(results)
     table = Table(
         title=_title(results),
-        caption=_NOTE,
+        caption=_note(results),
         title_justify="left",
         caption_justify="left",
         box=None,  # with rules between the columns it would not fit 80 of them
@@ -49,7 +54,7 @@ def knn_table(results: Mapping[str, Any]) -> Table:
     for header, right in zip(_HEADERS, _RIGHT, strict=True):
         table.add_column(header, justify="right" if right else "left", no_wrap=True)
     for position, row in enumerate(rows):
-        if row.verdict == "mean" and rows[position - 1].verdict != "mean":
+        if row.mean and not rows[position - 1].mean:
             table.add_row()
         style = _STYLES[row.verdict]
         # Accuracies are facts and stay plain; only what the change says is coloured.
@@ -67,14 +72,14 @@ def knn_text(results: Mapping[str, Any]) -> str:
     lines, widths = [_HEADERS, *(row.cells for row in rows)], _widths(rows)
     text = [_title(results)]
     for position, cells in enumerate(lines):
-        if position == 1 or (position > 1 and rows[position - 1].verdict == "mean" != rows[position - 2].verdict):
+        if position == 1 or (position > 1 and rows[position - 1].mean and not rows[position - 2].mean):
             text.append("  ".join("-" * width for width in widths).rstrip())
         padded = (
             cell.rjust(width) if right else cell.ljust(width)
             for cell, width, right in zip(cells, widths, _RIGHT, strict=True)
         )
         text.append("  ".join(padded).rstrip())
-    return "\n".join([*text, _NOTE])
+    return "\n".join([*text, _note(results)])
 
 
 def knn_markdown(results: Mapping[str, Any]) -> str:
@@ -92,7 +97,7 @@ def knn_markdown(results: Mapping[str, Any]) -> str:
         if row.verdict in ("gain", "loss"):
             cells[5], cells[7] = f"**{cells[5]}**", f"**{cells[7]}**"
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([f"{_title(results)}", "", *lines, "", _NOTE])
+    return "\n".join([f"{_title(results)}", "", *lines, "", _note(results)])
 
 
 def print_knn_table(results: Mapping[str, Any], console: Console | None = None) -> None:
@@ -135,26 +140,42 @@ def _rows(results: Mapping[str, Any]) -> list[_Row]:
 
 
 def _set_row(name: str, entry: Mapping[str, Any]) -> _Row:
-    head = (name, entry["domain"], str(entry["k"]), _percent(entry["pretrained"]))
+    head = (name, entry["domain"], str(entry["k"]), _shown(_share(entry, "pretrained")))
     if entry.get("finetuned") is None:
-        return _Row((*head, "", "", "", ""), "unsure")
-    low, high = entry["ci95"]
-    verdict: Literal["gain", "loss", "unsure"] = "gain" if low > 0 else "loss" if high < 0 else "unsure"
-    interval = f"[{_points(low)}, {_points(high)}]"
-    return _Row((*head, _percent(entry["finetuned"]), _points(entry["delta"]), interval, _VERDICTS[verdict]), verdict)
+        return _Row((*head, "", "", "", ""), "")
+    return _changed((*head, _shown(_share(entry, "finetuned"))), Interval(entry["delta"], *entry["ci95"]))
 
 
 def _mean_row(domain: str, entries: Iterable[Mapping[str, Any]]) -> _Row:
     entries = list(entries)
-    before = _percent(_mean([entry["pretrained"] for entry in entries]))
+    head = ("mean", domain, "", _shown(mean_of_intervals([_share(entry, "pretrained") for entry in entries])))
     if any(entry.get("finetuned") is None for entry in entries):
-        return _Row(("mean", domain, "", before, "", "", "", ""), "mean")
-    after, change = (_mean([entry[key] for entry in entries]) for key in ("finetuned", "delta"))
-    return _Row(("mean", domain, "", before, _percent(after), _points(change), "", ""), "mean")
+        return _Row((*head, "", "", "", ""), "", mean=True)
+    after = mean_of_intervals([_share(entry, "finetuned") for entry in entries])
+    change = mean_of_intervals([Interval(entry["delta"], *entry["ci95"]) for entry in entries])
+    return _changed((*head, _shown(after)), change, mean=True)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _changed(cells: tuple[str, ...], change: Interval, mean: bool = False) -> _Row:
+    verdict: _Verdict = "gain" if change.low > 0 else "loss" if change.high < 0 else "unsure"
+    interval = f"[{_points(change.low)}, {_points(change.high)}]"
+    return _Row((*cells, _points(change.estimate), interval, verdict), verdict, mean)
+
+
+def _share(entry: Mapping[str, Any], key: str) -> Interval:
+    """Return an accuracy with Wilson's interval; without the number of queries nobody knows its width."""
+    if "test" not in entry:
+        return Interval(entry[key], math.nan, math.nan)
+    return wilson(round(entry[key] * entry["test"]), entry["test"])
+
+
+def _shown(share: Interval) -> str:
+    half = (share.high - share.low) / 2
+    return _percent(share.estimate) + ("" if math.isnan(half) else f" +-{100 * half:.1f}")
+
+
+def _note(results: Mapping[str, Any]) -> str:
+    return _NOTE + (f"\nProtocol: {results['protocol']}" if "protocol" in results else "")
 
 
 def _percent(fraction: float) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from wlsup.evaluation.statistics import wilson
+
 __all__ = ["print_task_table", "task_markdown", "task_text"]
 
 _HEADERS = ("measured", "value", "chance")
@@ -16,7 +18,8 @@ def task_text(task: Mapping[str, Any]) -> str:
     """Return title, one line a figure, and the note, as plain text.
 
     Args:
-        task: {"title", "rows": [{"what", "value", "unit", "chance"}], "note"}.
+        task: {"title", "rows": [{"what", "value", "unit", "chance", "n" or "ci95" where there is}], "note"}; of a share
+            of n cases the interval is Wilson's.
     """
     lines = [_HEADERS, *_cells(task)]
     widths = [max(len(cells[column]) for cells in lines) for column in range(3)]
@@ -40,10 +43,18 @@ def print_task_table(task: Mapping[str, Any], console: Console | None = None) ->
 
 
 def _cells(task: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    return [
-        (row["what"], _figure(row["value"], row.get("unit", "")), _figure(row.get("chance"), row.get("unit", "")))
-        for row in task["rows"]
-    ]
+    return [(row["what"], _with_interval(row), _figure(row.get("chance"), row.get("unit", ""))) for row in task["rows"]]
+
+
+def _with_interval(row: Mapping[str, Any]) -> str:
+    figure, unit = _figure(row["value"], row.get("unit", "")), row.get("unit", "")
+    interval = row.get("ci95")
+    if unit == "%" and "n" in row:
+        interval = [100 * limit for limit in wilson(round(row["value"] / 100 * row["n"]), row["n"])[1:]]
+    if interval is None:
+        return figure
+    low, high = (_figure(limit, unit).removesuffix(f" {unit}") for limit in interval)
+    return f"{figure} [{low}, {high}]"
 
 
 def _figure(value: float | None, unit: str) -> str:

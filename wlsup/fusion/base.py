@@ -151,7 +151,7 @@ class Fusion(Adapter):
     def _step(self, layer: FusionLayer) -> Callable[[Tensor, ConditionSlot], Tensor]:
         def step(image: Tensor, slot: ConditionSlot) -> Tensor:
             """(B, L, D) -> (B, L, D)."""
-            text, mask = slot.kept(self) or self.text(slot.value, len(image))
+            text, mask = slot.kept(self) or self.text(slot.value, image.shape[0])
             image, text = layer(image, text, mask)
             slot.keep(self, (text, mask))
             return image

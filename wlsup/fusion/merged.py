@@ -47,7 +47,7 @@ class MergedLayer(FusionLayer):
         """
         length = image.shape[1]
         asking = self.norm(torch.cat([image, text], dim=1))
-        allowed = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)[:, None]
+        allowed = torch.cat([mask.new_ones(mask.shape[0], length), mask], dim=1)[:, None]
         if pattern is not None:
             allowed = allowed & pattern.to(mask.device)
         if not self.updates_text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wlsup.draws import per_sample
 from wlsup.errors import WlsupError
 
 __all__ = ["random_masking"]
@@ -44,7 +45,12 @@ def random_masking(
             f"allowed: 0 <= mask_ratio <= {1 - 1 / num_patches:.4g}."
         )
     if noise is None:
-        noise = torch.rand(batch_size, num_patches, device=device, generator=generator)
+        noise = per_sample(
+            lambda samples, stream: torch.rand(samples, num_patches, device=device, generator=stream),
+            batch_size,
+            device,
+            generator,
+        )
     if noise.shape != (batch_size, num_patches):
         raise WlsupError(f"Mask noise has shape {tuple(noise.shape)}; wanted (B, N) = ({batch_size}, {num_patches}).")
     ids_shuffle = noise.argsort(dim=1, stable=True)

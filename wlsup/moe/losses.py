@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from wlsup.draws import processes
+
 __all__ = ["balance_loss", "global_sum", "router_z_loss"]
 
 
@@ -54,8 +56,9 @@ def global_sum(own: Tensor, over_ranks: bool = True) -> Tensor:
         own: this rank's numbers, with a gradient.
         over_ranks: False: this rank's only.
     """
-    if not over_ranks or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    world, _ = processes()
+    if not over_ranks or world == 1:
         return own
     everyone = own.detach().clone()
     dist.all_reduce(everyone)
-    return everyone + dist.get_world_size() * (own - own.detach())
+    return everyone + world * (own - own.detach())

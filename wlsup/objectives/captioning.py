@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wlsup.draws import per_sample
 from wlsup.errors import WlsupError, choose
 from wlsup.models.caption_decoder import CaptionDecoder
 from wlsup.models.caption_tokens import CaptionTokens
 from wlsup.models.language import LanguageModel
+from wlsup.objectives.distributed import mean_over_ranks
 
 __all__ = [
     "IGNORE",
@@ -193,7 +195,13 @@ def parallel_captioning_loss(
         A scalar, fp32: the mean over label tokens.
     """
     ids = captions.ids
-    parallel = torch.rand(len(ids), generator=generator, device=ids.device) < fraction
+    chance = per_sample(
+        lambda samples, stream: torch.rand(samples, generator=stream, device=ids.device),
+        len(ids),
+        ids.device,
+        generator,
+    )
+    parallel = chance < fraction
     inputs = parallel_inputs(ids, parallel, decoder.mask_id, decoder.start_id)
     logits = decoder(inputs, parallel_attention(parallel, ids.shape[1]), memory)
     return _cross_entropy(logits, caption_labels(ids, end_id), "mean")
@@ -207,4 +215,4 @@ def _cross_entropy(logits: Tensor, targets: Tensor, reduction: Literal["mean", "
         ).view(targets.shape)
     if reduction == "none":
         return losses
-    return losses.sum() / (targets != IGNORE).sum().clamp(min=1)
+    return mean_over_ranks(losses.sum(), (targets != IGNORE).sum())

@@ -37,6 +37,7 @@ __all__ = [
     "SIGLIP_LOGIT_BIAS",
     "SIGLIP_LOGIT_SCALE",
     "clamp_logit_scale_",
+    "clamp_logit_scales_",
     "info_nce",
     "siglip",
 ]
@@ -139,6 +140,13 @@ def clamp_logit_scale_(logit_scale: Tensor, maximum: float = LOGIT_SCALE_MAX) ->
         maximum: upper bound, ln 100 in CLIP.
     """
     return logit_scale.clamp_(0.0, maximum)
+
+
+def clamp_logit_scales_(module: torch.nn.Module) -> None:
+    """Clamp every parameter of ``module`` that is named ``logit_scale``, by `clamp_logit_scale_`."""
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] == "logit_scale":
+            clamp_logit_scale_(parameter)
 
 
 class _WithGradients(torch.autograd.Function):

@@ -52,6 +52,19 @@ class CaptionLosses:
         """Nats a token over all captions."""
         return float(self.nats.sum() / self.tokens.sum())
 
+    @property
+    def interval(self) -> list[float] | None:
+        """95 % interval of `per_token` over captions, None for a single one.
+
+        Source: Cochran 1977, "Sampling Techniques", section 6.4: the variance of a ratio estimate.
+        """
+        n = len(self.nats)
+        if n < 2:
+            return None
+        rest = self.nats - self.per_token * self.tokens
+        half = 1.96 * float((rest.square().sum() * n / (n - 1)).sqrt() / self.tokens.sum())
+        return [self.per_token - half, self.per_token + half]
+
 
 @torch.no_grad()
 def caption_losses(
@@ -97,14 +110,16 @@ def interval(other: CaptionLosses, own: CaptionLosses) -> tuple[float, float]:
 def loss_rows(results: dict[str, CaptionLosses]) -> list[dict[str, Any]]:
     """Return a row of `Approach.measure` for each result, in nats a token."""
     return [
-        {"what": what, "value": result.per_token, "unit": "nats", "chance": None} for what, result in results.items()
+        {"what": what, "value": result.per_token, "unit": "nats", "chance": None, "ci95": result.interval}
+        for what, result in results.items()
     ]
 
 
 def likelier_row(own: CaptionLosses, other: CaptionLosses) -> dict[str, Any]:
     """Return the row that says how often a caption is likelier with its own picture than with the next pair's."""
     share = 100 * float((own.nats < other.nats).double().mean())
-    return {"what": "captions likelier with their own picture", "value": share, "unit": "%", "chance": 50.0}
+    row = {"what": "captions likelier with their own picture", "value": share, "unit": "%", "chance": 50.0}
+    return row | {"n": len(own.nats)}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wlsup.batch import EvalSet
+from wlsup.draws import per_sample
 from wlsup.errors import WlsupError
 from wlsup.reprogramming.classifier import FrozenClassifier
 
@@ -41,11 +42,14 @@ class LabelledPart:
         """
         items: list[tuple[Tensor, int]] = []
         for _ in range(_TRIES):
-            chosen = torch.randint(len(self), (count - len(items),)).tolist()
+            chosen = per_sample(self._choose, count - len(items)).tolist()
             items += self._read([self.positions[index] for index in chosen])
             if len(items) == count:
                 return _stack(items)
         raise WlsupError("Too few pictures of the labelled set can be read. `wlsup data check` says which and why.")
+
+    def _choose(self, count: int, stream: torch.Generator | None) -> Tensor:
+        return torch.randint(len(self), (count,), generator=stream)
 
     def batches(self, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all that can be read, in order."""

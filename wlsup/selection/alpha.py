@@ -1,4 +1,8 @@
-"""The exponent of a weight matrix's spectrum, as WeightWatcher measures it."""
+"""The exponent of a weight matrix's spectrum, as WeightWatcher measures it.
+
+A training run chooses layers by it, so it does without the package, which is an extra; a test holds the two to the same
+figures.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from wlsup.errors import WlsupError
@@ -39,7 +40,7 @@ def place_scores(groups: Sequence[Group], criterion: str, seed: int = 0) -> dict
 def gradient_scores(
     groups: Sequence[Group], parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor], criterion: str
 ) -> dict[str, float]:
-    """Score by the gradients of a few batches, averaged over them.
+    """Score by the gradients of a few batches, averaged over them; with several ranks, of the batches they share.
 
     "rgn", the relative gradient norm ``||g|| / ||theta||`` of a group's parameters taken together (Lee et al. 2023,
     "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", section 4, where it scales learning rates; the
@@ -60,7 +61,7 @@ def gradient_scores(
     batches = 0
     for loss in losses:
         batches += 1
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = _over_ranks(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), parameters)
         by_name = dict(zip(parameters, gradients, strict=True))
         for group in groups:
             squares = sum(float(by_name[n].double().square().sum()) for n in group.names if by_name[n] is not None)
@@ -76,6 +77,17 @@ def gradient_scores(
     if broken:
         raise WlsupError(f"The gradients of {', '.join(broken[:3])} are not finite: check the pictures and weights.")
     return scores
+
+
+def _over_ranks(gradients: Sequence[Tensor | None], parameters: Mapping[str, nn.Parameter]) -> list[Tensor | None]:
+    """Return the mean over ranks: the gradient of the global batch, of which each rank has a part."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return list(gradients)
+    there = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters.values(), strict=True)]
+    flat = torch.cat([gradient.flatten() for gradient in there])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([gradient.numel() for gradient in there])
+    return [part.view_as(gradient) for part, gradient in zip(parts, there, strict=True)]
 
 
 def alpha_scores(groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:

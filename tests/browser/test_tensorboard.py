@@ -1,0 +1,119 @@
+"""TensorBoard itself over two runs: its groups have their charts, the runs can be compared, nothing goes wrong."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from wlsup.callbacks.dashboard import dashboard_layout, log_hyperparameters
+from wlsup.callbacks.knn import KNN
+from wlsup.callbacks.retrieval import Retrieval
+from wlsup.callbacks.run_folder import FIRST_HYPERPARAMETERS
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+SETS = {"mini_shapes": "in", "mini_digits": "out"}
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """Two runs as a training logs them, without the training."""
+    root = tmp_path_factory.mktemp("runs")
+    module = torch.nn.Module()
+    module.head = torch.nn.Linear(1, 1)
+    module.objective = SimpleNamespace(reconstruction_weight=1.0, contrastive_weight=1.0)
+    knn = KNN()
+    knn.sets = [SimpleNamespace(name=name, domain=domain) for name, domain in SETS.items()]
+    for approach, seed in (("film", 0), ("lora", 1)):
+        board = TensorBoardLogger(root / approach, name="", version="", default_hp_metric=False)
+        board.experiment.add_custom_scalars(dashboard_layout([knn, Retrieval()], module))
+        hyperparameters = {
+            "approach": approach,
+            "seed": seed,
+            "model.lr": 1e-3,
+            "data.pairs": 64,
+            "trainer.max_epochs": 2,
+        }
+        more = {"model.a": 0.05, "data.a": 1, "data.b": 2, "data.c": 3}
+        log_hyperparameters(board, hyperparameters | more, ["summary/in_domain_delta"], FIRST_HYPERPARAMETERS)
+        for step in range(0, 20, 5):
+            metrics = {f"knn/{name}": 0.5 for name in SETS} | {f"knn_delta/{name}": step / 100 for name in SETS}
+            metrics |= {f"{part}/{loss}": 3 - step / 10 for part in ("train", "val")
+                        for loss in ("loss", "reconstruction", "contrastive")}  # fmt: skip
+            metrics |= {
+                f"retrieval/{way}_R@{k}": k / 20 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)
+            }
+            metrics |= {"summary/in_domain_delta": -step / 100, "summary/out_of_domain_delta": step / 200}
+            metrics |= {"lr-AdamW/head.*": 1e-3, "lr-AdamW/head.* (no decay)": 1e-3}
+            board.log_metrics(metrics, step)
+        board.finalize("success")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(logs):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(logs),
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                if b"lora" in urllib.request.urlopen(f"{address}/data/runs", timeout=20).read():
+                    break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                pass
+            time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport={"width": 1500, "height": 1200})
+    page.set_default_timeout(240_000)
+    page.said = []
+    page.on("console", lambda message: page.said.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.said.append(str(error)))
+    yield page
+    page.close()
+
+
+def test_custom_scalars_show_the_groups_and_draw_every_line(page, address):
+    page.goto(f"{address}/#custom_scalars")
+    for group in ("in domain", "out of domain", "losses", "held-out retrieval", "the run itself"):
+        page.get_by_text(group, exact=True).first.wait_for()
+    page.get_by_text("k-NN accuracy", exact=True).first.wait_for()
+    page.get_by_text("contrastive", exact=True).first.wait_for()
+    page.wait_for_timeout(3000)  # lines are drawn after their titles
+    assert [text for text in page.said if "not in the domain" in text or "TypeError" in text] == []
+
+
+def test_hparams_compare_approaches_and_seeds_unasked(page, address):
+    page.goto(f"{address}/#hparams")
+    for word in ("approach", "seed", "model.lr", "data.pairs", "trainer.max_epochs"):
+        page.locator("tf-hparams-table-view").get_by_text(word, exact=True).first.wait_for()
+    for cell in ("film", "lora"):
+        page.locator("tf-hparams-table-view").get_by_text(cell, exact=True).first.wait_for()
+    page.locator("tf-hparams-table-view").get_by_text("summary/in_domain_delta").first.wait_for()
+    assert [text for text in page.said if "Error:" in text] == []

@@ -1,0 +1,204 @@
+"""Checkpoints on the way: when they are written, what a signal does, and how a resumed run ends."""
+
+import os
+import signal
+import time
+
+import lightning
+import pytest
+import torch
+
+from wlsup.callbacks.checkpoints import STOPPED_FILE, CheckpointFiles, Checkpoints, StoppedEarly, parse_time_limit
+from wlsup.checkpoint_file import read_checkpoint
+from wlsup.data.loader import make_loader
+from wlsup.data.sampler import EpochSampler
+from wlsup.errors import WlsupError
+
+BATCHES = 6
+
+
+class Rows:
+    """24 rows of numbers; batches by the list, as the suite's own data sets give them."""
+
+    rows = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, items):
+        return self.rows[[index for _, index in items]]
+
+
+class Model(lightning.LightningModule):
+    def __init__(self, at=None, do=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(4, 1)
+        self.at, self.do, self.losses, self.ended = at, do, [], 0
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch).square().mean()
+        self.losses.append(float(loss.detach()))
+        if self.trainer.global_step == self.at:
+            self.do()
+        return loss
+
+    def on_train_end(self):
+        self.ended += 1
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches  # as a schedule asks; it makes the loaders
+        optimizer = torch.optim.AdamW(self.parameters(), 0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {
+            "scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 12), "interval": "step"}}  # fmt: skip
+
+
+def fit(folder, model, resume=None, epochs=2, accumulate=1, **options):
+    trainer = lightning.Trainer(
+        default_root_dir=folder, max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, accumulate_grad_batches=accumulate, plugins=[CheckpointFiles()],
+        callbacks=[Checkpoints(**options)],
+    )  # fmt: skip
+    loader = make_loader(Rows(), EpochSampler(24, batch_size=4), 4, 0, None)
+    trainer.fit(model, loader, ckpt_path=resume)
+    return model
+
+
+def signalled(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("unbroken"), Model())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("step", [2, BATCHES - 1, BATCHES + 3])
+def test_a_signal_saves_after_the_step_and_the_resumed_run_ends_bit_for_bit_as_the_unbroken_one(
+    number, step, unbroken, tmp_path
+):
+    cut = Model(step, signalled(number))
+    with pytest.raises(StoppedEarly) as stopped:
+        fit(tmp_path, cut)
+    assert stopped.value.step == step + 1
+    assert number.name in stopped.value.why
+    assert cut.ended == 0  # nothing is evaluated in a run that must be gone soon
+    told = stopped.value.path.with_name(STOPPED_FILE)  # what the scripts of a cluster go by
+    assert told.read_text() == f"step {step + 1}: {number.name}\n"
+    resumed = fit(tmp_path, Model(), resume=str(stopped.value.path))
+    assert not told.exists()
+    assert cut.losses + resumed.losses == unbroken.losses
+    assert torch.equal(resumed.layer.weight, unbroken.layer.weight)
+
+
+def test_a_second_signal_changes_nothing(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedEarly) as stopped:
+        fit(tmp_path, Model(1, twice))
+    assert read_checkpoint(stopped.value.path)["global_step"] == 2
+
+
+@pytest.mark.parametrize("end", ["stopped", "finished"])
+def test_the_handlers_that_were_there_are_put_back(end, tmp_path):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    if end == "stopped":
+        with pytest.raises(StoppedEarly):
+            fit(tmp_path, Model(1, signalled(signal.SIGUSR1)))
+    else:
+        fit(tmp_path, Model())
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_with_accumulation_it_stops_between_steps_not_within_one(tmp_path):
+    whole = fit(tmp_path / "whole", Model(), accumulate=2)
+    cut = Model(1, signalled(signal.SIGTERM))
+    with pytest.raises(StoppedEarly) as stopped:
+        fit(tmp_path, cut, accumulate=2)
+    resumed = fit(tmp_path, Model(), resume=str(stopped.value.path), accumulate=2)
+    assert cut.losses + resumed.losses == whole.losses
+
+
+def test_the_time_limit_stops_by_a_clock_that_does_not_jump(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "time", lambda: 1e12)  # a jump of the wall clock is no reason
+
+    def later():
+        clock[0] = 121.0
+
+    with pytest.raises(StoppedEarly, match="time limit") as stopped:
+        fit(tmp_path, Model(3, later), time_limit="2m")
+    assert stopped.value.step == 4
+
+
+def test_within_an_epoch_it_saves_every_few_minutes(tmp_path, monkeypatch):
+    clock, steps = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    save = CheckpointFiles.save_checkpoint
+
+    def counted(self, checkpoint, *args, **kwargs):
+        steps.append(checkpoint["global_step"])
+        save(self, checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(CheckpointFiles, "save_checkpoint", counted)
+    model = Model()
+    model.on_train_batch_start = lambda batch, index: clock.__setitem__(0, clock[0] + 40)
+    fit(tmp_path, model, every_minutes=1.5, epochs=1)
+    assert steps == [3, 6, 6]  # after 120 s, after 240 s, at the epoch's end
+    steps.clear()
+    fit(tmp_path, Model(), every_minutes=0, epochs=1)
+    assert steps == [6]
+
+
+def test_a_run_cut_off_after_its_last_step_still_gets_its_end(tmp_path):
+    first = fit(tmp_path, Model())
+    again = fit(tmp_path, Model(), resume=str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert (first.ended, again.ended) == (1, 1)
+    assert again.losses == []
+    assert torch.equal(first.layer.weight, again.layer.weight)
+
+
+def test_a_full_disk_on_the_way_is_told_and_training_goes_on_but_the_end_must_be_saved(tmp_path, monkeypatch, caplog):
+    save, broken = CheckpointFiles.save_checkpoint, {BATCHES}
+
+    def full(self, checkpoint, *args, **kwargs):
+        if checkpoint["global_step"] in broken:
+            raise OSError(28, "No space left on device")
+        save(self, checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(CheckpointFiles, "save_checkpoint", full)
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    assert len(fit(tmp_path, Model()).losses) == 2 * BATCHES
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2 * BATCHES
+    broken.add(2 * BATCHES)
+    with pytest.raises(WlsupError, match="No space left"):
+        fit(tmp_path, Model())
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2 * BATCHES  # of the run before
+
+
+def test_a_damaged_checkpoint_is_not_trained_on(tmp_path):
+    fit(tmp_path, Model(), epochs=1)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    damaged = bytearray(path.read_bytes())
+    place = damaged.find(read_checkpoint(path)["state_dict"]["layer.weight"].numpy().tobytes())
+    damaged[place] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(WlsupError, match="checksum"):
+        fit(tmp_path, Model(), resume=str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1:50", 6600), ("0:01:05", 65), ("2h", 7200), ("110m", 6600), ("90s", 90), ("1.5h", 5400)]
+)
+def test_time_limits_are_read(text, seconds):
+    assert parse_time_limit(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0:00", "two hours", "1:5", "-3m", "50"])
+def test_other_time_limits_are_refused(text):
+    with pytest.raises(WlsupError, match="time_limit"):
+        parse_time_limit(text)

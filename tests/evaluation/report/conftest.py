@@ -1,0 +1,6 @@
+"""For run_maker, which the report's tests share."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

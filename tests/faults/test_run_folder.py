@@ -1,0 +1,77 @@
+"""Two runs in one folder, a folder that cannot be written or is gone, a torn checkpoint: one sentence, nothing lost."""
+
+import shutil
+
+import pytest
+
+from wlsup.approaches.base import Approach
+from wlsup.checkpoint_file import read_checkpoint
+from wlsup.cli import main
+from wlsup.cli.training import _alone
+from wlsup.errors import WlsupError
+
+
+def command(folder, *options):
+    return [
+        "fit", "-c", "experiments/base.yaml", "-c", "experiments/lit.yaml", "--run_dir", str(folder),
+        "--data.pairs", "32", "--data.validation_pairs", "0", "--data.batch_size", "8", "--data.eval_sets", "[]",
+        "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", *options,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(command(folder)) == 0
+    return folder
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert main(command(finished)) == 2
+    assert "There is a run in" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_second_run_does_not_enter_a_folder_that_another_one_is_writing(tmp_path):
+    message = r"Another run \(process \d+ on .*\) is writing into"
+    with _alone(tmp_path / "run"), pytest.raises(WlsupError, match=message), _alone(tmp_path / "run"):
+        pass
+    with _alone(tmp_path / "run"):  # the first has ended
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(command(tmp_path / "file" / "run")) == 2
+    assert "run's folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_vanishes_ends_the_run_with_a_sentence(tmp_path, monkeypatch, capsys):
+    step = Approach.training_step
+
+    def vanish(self, batch, batch_idx):
+        if self.trainer.global_step == 2:
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run").write_text("something else")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Approach, "training_step", vanish)
+    assert main(command(tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "wlsup: error:" in error
+    assert "Traceback" not in error
+
+
+def test_a_torn_last_checkpoint_is_passed_over_with_a_sentence(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "results.json").unlink()
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-50])
+    assert main(command(folder, "--resume", "auto")) == 0
+    error = capsys.readouterr().err
+    assert "is not a whole checkpoint" in error
+    assert "previous.ckpt" in error
+    assert read_checkpoint(last)["global_step"] == 8
+    assert (folder / "results.json").read_text()

@@ -1,0 +1,36 @@
+"""Two nodes with networks, names and processes of their own, through the LSF scripts, to results.json."""
+
+import json
+
+import pytest
+
+from .conftest import SMALL, Cluster
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("approach", "script", "args"),
+    [
+        ("film", "lsf/summit.lsf", ""),
+        ("magma_moe", "lsf/summit_moe.lsf", " --model.moe.experts 2 --data.pairs 32"),
+    ],
+)
+def test_a_run_on_two_nodes_ends_in_its_results(approach, script, args, networks, tmp_path):
+    cluster = Cluster(tmp_path / "cluster", networks)
+    folder = tmp_path / "run"
+    variables = {
+        "APPROACH": approach, "RUN_DIR": folder, "ARGS": SMALL + args, "GPUS_PER_NODE": 1, "CORES_PER_NODE": 1,
+        "PRECISION": "32-true",
+    }  # fmt: skip
+    submitted = cluster.call("bsub", "-nnodes", "2", "-o", cluster.folder / "job.%J.log", script, **variables)
+    assert submitted.returncode == 0, submitted.stderr
+    codes = cluster.wait(seconds=900)
+    assert codes == [0], cluster.log()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["approach"] == approach
+    pairs = 32 if args else 64
+    assert results["steps"] == pairs // (2 * 16)  # both nodes took part in each step
+    assert results["samples_seen"] == pairs
+    assert "2 nodes x 1 processes" in cluster.log()
+    assert list(folder.parent.glob("run*")) == [folder]

@@ -1,0 +1,159 @@
+"""Every approach: 2 processes x batch B/2 give the loss and the gradients of one process x batch B.
+
+All cases run in one set of processes, each over one step's worth of the same pictures, captions and random draws.
+"""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from wlsup.approaches import APPROACHES, approach_class
+from wlsup.batch import CaptionBatch
+from wlsup.data.datamodule import CaptionDataModule
+from wlsup.draws import share, unshare
+from wlsup.models.prefix import PrefixSpec
+from wlsup.moe import MoESpec
+from wlsup.objectives.regularizers import RegularizerSpec
+from wlsup.objectives.two_branch import ObjectiveSpec
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+B, WORLD, TIMEOUT = 8, 2, 420
+
+DRY = PrefixSpec(dropout=0.0)  # what a layer draws on its own is each process's
+MOE = {"experts": 4, "k": 2, "jitter": 0.0, "balance_weight": 0.1}
+CASES = {name: (name, {}) for name in APPROACHES} | {
+    "mae_lm": ("mae_lm", {"prefix": DRY}),
+    "linear_map": ("linear_map", {"prefix": DRY}),
+    "magma": ("magma", {"prefix": DRY}),
+    "reprogramming": ("reprogramming", {"probe_pictures": 100}),
+    "cross_modal_reprogramming": ("cross_modal_reprogramming", {"probe_pictures": 100, "penalty": 0.0}),
+    "film, siglip, masked": ("film", {"objective": ObjectiveSpec(contrastive="siglip", contrastive_view="masked")}),
+    "full, regularised": ("full", {"regularizer": RegularizerSpec(distill=1.0, l2sp=0.1)}),
+    "selective_k, rgn": ("selective_k", {"criterion": "rgn", "k": 2}),
+    "selective_k, fisher": ("selective_k", {"criterion": "fisher", "k": 2}),
+    "magma_moe": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**MOE)}),
+    "magma_moe, ffn, hash": (
+        "magma_moe",
+        {"prefix": DRY, "mixture": "ffn", "moe": MoESpec(experts=4, k=1, router="hash")},
+    ),
+    "magma_moe, bias": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**{**MOE, "balance": "bias", "bias_rate": 0.05})}),
+}
+WORDS = "red blue green square circle star left right above small large sand grass water night brick"
+WORDS = WORDS.split(" ")
+
+
+UNWEIGHTED = {"loss penalty", "loss clamped"}
+"""Of cross_modal_reprogramming: shown only, of each rank's own captions."""
+
+
+class Training(nn.Module):
+    """What DistributedDataParallel wraps: an approach whose forward pass is its training losses."""
+
+    def __init__(self, approach):
+        super().__init__()
+        self.approach = approach
+
+    def forward(self, batch):
+        return self.approach.training_losses(batch)
+
+
+def pairs(rank, world):
+    """The rows of the global batch that the sampler deals to ``rank``; captions of very different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(B, 3, 64, 64, generator=generator)
+    captions = [" ".join(WORDS[(7 * i + 3 * j) % len(WORDS)] for j in range(1 + i * 3 % 8)) for i in range(B)]
+    keys = [f"k{i // 2}" for i in range(B)]  # pairs of pictures with one name, apart on different ranks
+    own = range(rank, B, world)
+    return CaptionBatch(images[own.start :: world], [captions[i] for i in own], [keys[i] for i in own])
+
+
+def made(name, options, batch):
+    torch.manual_seed(0)
+    approach = approach_class(name)(**options)
+    if getattr(approach, "chosen", True) is None:
+        approach.select([batch])
+    if hasattr(approach, "count_words"):
+        approach.count_words(iter(WORDS))
+    approach.setup("fit")
+    if hasattr(approach, "prepare"):
+        data = CaptionDataModule(eval_sets=["mini_shapes", "mini_digits"])
+        data.image_spec = approach.image_spec
+        approach.prepare(data)
+    approach.train()
+    with torch.no_grad():  # off the identity, where many gradients are zero
+        generator = torch.Generator().manual_seed(2)
+        for planned in approach.plan.resolve(approach):
+            if planned.rule.trains and not planned.name.endswith(("logit_scale", "logit_bias")):
+                parameter = planned.parameter
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return approach
+
+
+def step(name, options, rank, world):
+    batch = pairs(rank, world)
+    approach = made(name, options, batch)
+    whole = Training(approach)
+    module = DistributedDataParallel(whole) if world > 1 else whole
+    share(11)
+    torch.manual_seed(11)
+    losses = module(batch)
+    losses["loss"].backward()
+    unshare()
+    found = {f"loss {part}": value.detach() for part, value in losses.items()}
+    found |= {f"gradient {n}": p.grad for n, p in approach.named_parameters() if p.grad is not None}
+    found |= {f"score {n}": torch.tensor(v) for n, v in getattr(approach, "scores", {}).items()}
+    return found
+
+
+def work(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+    )
+    for number, (name, options) in enumerate(CASES.values()):
+        torch.save(step(name, options, rank, world), f"{folder}/{number}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2])  # where the processes find this module, under its full name
+        context = mp.spawn(work, (WORLD, str(folder)), nprocs=WORLD, join=False)
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                pytest.fail(f"{WORLD} processes did not finish within {TIMEOUT} s")
+    finally:
+        for process in context.processes:
+            process.kill()
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_ranks_together_give_one_processs_loss_and_gradients(case, folder):
+    number = list(CASES).index(case)
+    ranks = [torch.load(folder / f"{number}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    whole = step(*CASES[case], 0, 1)
+    assert any(name.startswith("gradient") for name in whole)
+    gradients = [value.norm() for name, value in whole.items() if name.startswith("gradient")]
+    least = 0.1 * float(torch.stack(gradients).norm())  # in fp32 a gradient next to nothing has no more digits
+    for name, truth in whole.items():
+        if name in UNWEIGHTED:
+            continue
+        mean = sum(found[name] for found in ranks) / WORLD
+        error = float((mean - truth).norm() / truth.norm().clamp(min=least if name.startswith("gradient") else 1e-4))
+        assert error <= 1e-5, f"{name}: {error:.2e}"
+        if not name.startswith("loss"):
+            assert torch.equal(ranks[0][name], ranks[1][name]), name

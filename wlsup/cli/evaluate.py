@@ -1,0 +1,165 @@
+"""``wlsup evaluate``: judge a run's encoder, pretrained and fine-tuned, or any encoder, by more than k-NN."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from wlsup.cli.logs import log_to_terminal
+from wlsup.cli.parser import CommandParser, given_numbers
+from wlsup.errors import WlsupError, choose
+
+__all__ = ["HELP", "run"]
+
+HELP = """\
+usage: wlsup evaluate RUN|WEIGHTS [options]
+
+Compare a run's fine-tuned encoder with the pretrained one by more than k-NN, set by set, with 95 % intervals; writes
+evaluation.json and pictures of the classes that changed most (classes/) into the run's folder. Of weights alone the
+figures are printed.
+
+  RUN|WEIGHTS                   a run's folder; or mini, a timm name, hf-hub:ID, a local weight file or folder
+  --metrics NAME,..             probe, few_shot, calibration, drift, classes, zero_shot, retrieval (all by default)
+  --sets NAME,..                eval sets; by default the run's own, or the four mini ones
+  --root DIR                    the folder of the published sets (by default the run's; the environment's
+                                WLSUP_DATA; ./data)
+  --shots N,..                  of few_shot: labelled pictures a class (1,5)
+  --draws N                     of few_shot: how often they are drawn (20)
+  --templates FILE              of zero_shot: a text file of templates in place of the package's
+  --resamples N                 of the test pictures, for intervals (2000)
+  --batch-size N                pictures a forward pass (256)
+  --workers N                   processes that read pictures (0)
+  --json                        machine-readable, complete
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Print the comparison, and write it where there is a run."""
+    parser = CommandParser("evaluate")
+    parser.add_argument("target")
+    parser.add_argument("--metrics")
+    parser.add_argument("--sets")
+    parser.add_argument("--root")
+    parser.add_argument("--shots", default="1,5")
+    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--templates", type=Path)
+    parser.add_argument("--resamples", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    given_numbers(options, "batch_size", "workers", "draws", "resamples")
+    folder = Path(options.target)
+    is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+    spec = _spec(options)  # before torch is loaded for nothing
+    log_to_terminal(quiet=options.json)
+    results = _evaluate_run(folder, spec, options) if is_run else _evaluate_weights(spec, options)
+    if options.json:
+        print(json.dumps({"target": options.target, **results}, indent=2, allow_nan=False))
+        return 0
+    from wlsup.evaluation.evaluation_table import print_evaluation
+
+    print_evaluation(results, f"More than k-NN: {options.target}")
+    if is_run:
+        print(f"In {folder}: evaluation.json{', classes/' if (folder / 'classes').is_dir() else ''}")
+    return 0
+
+
+def _spec(options: argparse.Namespace) -> Any:
+    from wlsup.evaluation.judgement import METRICS, MetricSpec
+    from wlsup.evaluation.zero_shot import read_prompts
+
+    chosen = METRICS if options.metrics is None else tuple(name.strip() for name in options.metrics.split(","))
+    for name in chosen:
+        choose("metric", name, METRICS)
+    try:
+        shots = tuple(int(number) for number in options.shots.split(","))
+    except ValueError:
+        raise WlsupError(f"--shots {options.shots}: give numbers, such as 1,5.") from None
+    if options.templates is not None:
+        read_prompts("", options.templates)
+    return MetricSpec(chosen, shots, options.draws, options.resamples)
+
+
+def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> dict[str, Any]:
+    from wlsup.callbacks.evaluation import save_examples, score_retrieval, score_zero_shot
+    from wlsup.cli.configuration import load_run, untrained_run
+    from wlsup.data.evalsets import check_eval_sets, locate_eval_set
+    from wlsup.evaluation.judgement import compare, protocols
+    from wlsup.evaluation.zero_shot import read_prompts
+    from wlsup.files import write_json
+
+    module, data = load_run(folder)
+    data.root = options.root or data.root
+    if options.sets is not None:  # a name means what it meant in the run, where the run had it
+        described = {getattr(entry, "name", entry): entry for entry in data.eval_sets}
+        data.eval_sets = [described.get(name.strip(), name.strip()) for name in options.sets.split(",")]
+        check_eval_sets(data.eval_sets)
+    for entry in data.eval_sets:
+        locate_eval_set(entry, data.root)
+    data.image_spec = module.image_spec
+    eval_sets = data.eval_datasets()
+    pretrained = untrained_run(folder)
+    before = {one.name: _judge(pretrained, one, spec, options) for one in eval_sets}
+    del pretrained
+    sets: dict[str, Any] = {}
+    for one in eval_sets:
+        after = _judge(module, one, spec, options)
+        sets[one.name] = compare(before[one.name], after, spec, one.class_names, one.domain)
+        if "zero_shot" in spec:
+            prompts = read_prompts(one.name, options.templates)
+            if (found := score_zero_shot(module, one, prompts, batch_size=options.batch_size)) is not None:
+                sets[one.name]["zero_shot"] = found
+        if "classes" in spec:
+            save_examples(folder, one, sets[one.name]["classes"], before[one.name], after, module.image_spec)
+    # Their names stand for what was measured: an approach without a shared space has no such figures.
+    measured = [name for name in spec.metrics if name != "zero_shot" or any(name in entry for entry in sets.values())]
+    results: dict[str, Any] = {"sets": sets}
+    if "retrieval" in spec:
+        if (found := score_retrieval(module, data.val_dataloader())) is not None:
+            results["retrieval"] = found
+        else:
+            measured.remove("retrieval")
+    results = {"protocol": protocols(replace(spec, metrics=tuple(measured)), sets), **results}
+    write_json(folder / "evaluation.json", results)
+    return results
+
+
+def _evaluate_weights(spec: Any, options: argparse.Namespace) -> dict[str, Any]:
+    from wlsup.data.datamodule import CaptionDataModule
+    from wlsup.evaluation.judgement import compare, protocols
+    from wlsup.models.vision import VisionSpec, build_vision
+
+    names = None if options.sets is None else [name.strip() for name in options.sets.split(",")]
+    data = CaptionDataModule(eval_sets=names, root=options.root)
+    data.check_files()  # before an encoder is loaded for nothing
+    # The others compare two encoders, or pictures with text.
+    measured = tuple(name for name in spec.metrics if name in ("probe", "few_shot", "calibration", "classes"))
+    if not measured:
+        raise WlsupError(
+            f"{', '.join(spec.metrics)}: an encoder alone has no such figures. Give a run's folder, or metrics of "
+            "probe, few_shot, calibration, classes."
+        )
+    spec = replace(spec, metrics=measured)
+    module = build_vision(VisionSpec(weights=options.target))
+    data.image_spec = module.image_spec
+    sets = {
+        one.name: compare(_judge(module, one, spec, options), None, spec, one.class_names, one.domain)
+        for one in data.eval_datasets()
+    }
+    return {"protocol": protocols(spec, sets), "sets": sets}
+
+
+def _judge(module: Any, eval_set: Any, spec: Any, options: argparse.Namespace) -> Any:
+    import torch
+
+    from wlsup.callbacks.evaluation import judged
+    from wlsup.callbacks.knn import features_of, score_knn
+
+    if torch.cuda.is_available():
+        module = module.to("cuda")
+    bank, queries = features_of(module, eval_set, batch_size=options.batch_size, num_workers=options.workers)
+    return judged(module, eval_set, bank, queries, score_knn(bank, queries, len(eval_set.class_names)), spec)

@@ -1,0 +1,152 @@
+"""The training of a configured run: where it goes on from, who else writes there, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wlsup.callbacks.checkpoints import STOPPED, StoppedEarly
+from wlsup.checkpoint_file import LAST, newest_checkpoint, read_checkpoint
+from wlsup.cli.logs import log_to_file
+from wlsup.errors import WlsupError
+
+if TYPE_CHECKING:
+    from wlsup.cli.configuration import WlsupCLI
+
+__all__ = ["RUN_DIR", "Resumption", "resumption", "train"]
+
+RUN_DIR = "WLSUP_RUN_DIR"
+"""The environment's variable by which the processes of one run agree on its folder."""
+
+logger = logging.getLogger("wlsup")
+
+
+class Resumption:
+    """Where a run goes on from.
+
+    Args:
+        path: of the checkpoint; None for a start.
+        step: optimizer steps that it holds; None for a start.
+    """
+
+    def __init__(self, path: Path | None = None, step: int | None = None) -> None:
+        self.path, self.step = path, step
+
+
+def resumption(resume: str | None, run_dir: Path) -> Resumption:
+    """Find the checkpoint that ``--resume`` means; ``auto`` is the newest one of the run's folder that can be read.
+
+    Raises:
+        WlsupError: it is missing, damaged, or not a checkpoint; or the folder holds another run's work.
+    """
+    folder = run_dir / "checkpoints"
+    if resume is None:
+        if (folder / LAST).exists() or (run_dir / "results.json").exists():
+            raise WlsupError(
+                f"There is a run in {run_dir} already. Go on with it (--resume auto), or give another --run_dir; "
+                "nothing that a run has written is written over."
+            )
+        return Resumption()
+    if resume == "auto":
+        path, passed_over = newest_checkpoint(folder)
+        for sentence in passed_over:
+            logger.warning("%s", sentence)
+        if path is None:
+            return Resumption()
+        logger.info("going on from %s", path)
+    else:
+        path = Path(resume)
+    return Resumption(path, int(read_checkpoint(path).get("global_step", 0)))
+
+
+def train(cli: WlsupCLI) -> int:
+    """Fit, resuming where asked; the run's log file receives what the terminal does.
+
+    Returns:
+        0, or `STOPPED` for a run that was told to stop and has saved where it stands.
+
+    Raises:
+        WlsupError: the run cannot be made, in one message.
+    """
+    first = cli.trainer.is_global_zero
+    folder = cli.run_dir
+    if cli.config.resume == "auto" and (folder / "results.json").is_file():
+        logger.info("this run is finished: its results are in %s", folder)
+        return 0
+    before = os.environ.get(RUN_DIR)
+    os.environ[RUN_DIR] = str(folder)  # the processes that fit() starts inherit it; the next run does not
+    # Lightning before 2.6 has no such argument; the checkpoint has then been read safely once, above
+    safely = {"weights_only": True} if "weights_only" in signature(cli.trainer.fit).parameters else {}
+    path = cli.resumption.path
+    try:
+        with _alone(folder) if first else nullcontext(), log_to_file(folder / "run.log") if first else nullcontext():
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=None if path is None else str(path), **safely)
+    except StoppedEarly as stopped:
+        if first:
+            logger.warning("%s; go on with --run_dir %s --resume auto", stopped, folder)
+        return STOPPED
+    except WlsupError:
+        if first:
+            _forget_unbegun(folder)
+        raise
+    except OSError as error:
+        raise WlsupError(
+            f"The run's folder {folder} can no longer be written ({error.strerror or error}); what is in it stays. "
+            "Mend that, and go on with --resume auto."
+        ) from error
+    finally:
+        os.environ.pop(RUN_DIR) if before is None else os.environ.update({RUN_DIR: before})
+    return 0
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the run's folder, so that a second run does not write into it; a killed run holds nothing.
+
+    Raises:
+        WlsupError: another run holds it, or it cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not POSIX
+        yield
+        return
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise WlsupError(
+            f"Cannot write into the run's folder {folder}: {error.strerror}. Set --runs or --run_dir."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise WlsupError(
+                f"Another run ({file.read().strip() or 'unknown'}) is writing into {folder}. Wait for it, or give "
+                "another --run_dir."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield  # the file stays: a lock is on a file, and another run may hold it by now
+
+
+def _forget_unbegun(folder: Path) -> None:
+    """Take away the folder of a run that was refused before it wrote its configuration."""
+    if (folder / "config.yaml").is_file():
+        return
+    for file in (folder / "run.log", folder / ".lock", *folder.glob("events.out.tfevents.*")):
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+    with suppress(OSError):  # something else lies in it: then it stays
+        folder.rmdir()

@@ -1,0 +1,95 @@
+"""Random draws of a batch's samples that do not depend on over how many processes the batch is spread.
+
+Process r of W holds rows r, r + W, r + 2 W, ... of the global batch, as `wlsup.data.sampler` deals them out. Where the
+processes share a stream each draws for the global batch and takes its own rows, so that 2 processes with 16 samples
+draw what one with 32 does. What a layer draws on its own (dropout, a router's jitter) is each process's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Draw", "alone", "per_sample", "processes", "share", "shared", "unshare"]
+
+Draw = Callable[[int, torch.Generator | None], Tensor]
+"""How many samples, and from what (None: torch's global stream) -> a tensor whose first dimension they are."""
+
+_alone = False
+_seed: int | None = None
+_streams: dict[torch.device, torch.Generator] = {}
+
+
+def processes() -> tuple[int, int]:
+    """Return over how many processes a batch lies, and which of them this one is; (1, 0) for one that works `alone`."""
+    if _alone or not (dist.is_available() and dist.is_initialized()):
+        return 1, 0
+    return dist.get_world_size(), dist.get_rank()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work on what the other processes have no part in, such as an evaluation by rank 0: nothing is summed over them.
+
+    A sum over the processes waits for all of them, and those that evaluate nothing have gone on.
+    """
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def share(seed: int) -> None:
+    """Begin the processes' shared stream; ``seed`` must be the same on all of them. One process alone has no need."""
+    global _seed
+    _seed = seed
+    _streams.clear()
+
+
+def unshare() -> None:
+    """End it: from now on each process draws for itself."""
+    global _seed
+    _seed = None
+    _streams.clear()
+
+
+@contextmanager
+def shared(seed: int) -> Iterator[None]:
+    """Share a stream for a while, and put back what there was."""
+    global _seed, _streams
+    before = _seed, _streams
+    _streams = {}
+    share(seed)
+    try:
+        yield
+    finally:
+        _seed, _streams = before
+
+
+def per_sample(
+    draw: Draw, samples: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return a draw for each of this process's samples.
+
+    Args:
+        draw: makes the numbers for so many samples.
+        samples: B, of this process; with a shared stream the same on all.
+        device: where ``draw`` draws.
+        generator: a stream of one's own, which is then used as it is.
+
+    Returns:
+        (B, ...).
+    """
+    world, rank = processes()
+    if generator is not None or _seed is None or world == 1:
+        return draw(samples, generator)
+    place = torch.device("cpu" if device is None else device)
+    if place not in _streams:
+        _streams[place] = torch.Generator(place).manual_seed(_seed)
+    return draw(samples * world, _streams[place])[rank::world]

@@ -1,0 +1,1 @@
+"""Pictures of results, for papers: matplotlib, as PNG and SVG."""

@@ -1,0 +1,260 @@
+"""What was measured beside k-NN: probe, few-shot, calibration, drift, retrieval, captions, the approach's own task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from wlsup.evaluation.report.blocks import Block, Cell, Section, Table, Text, change, figure, number, share
+from wlsup.evaluation.report.groups import Basis, Estimate, Group, over_seeds, wilson
+
+__all__ = ["beyond_knn", "tasks"]
+
+_SKIPPED = ("classes", "reliability")
+_ACCURACIES = ("knn", "probe", "few_shot", "zero_shot")  # of what more is better
+_NAMES = {
+    "few_shot": "few-shot",
+    "zero_shot": "zero-shot",
+    "knn": "k-NN",
+    "knn_overlap": "k-NN overlap",
+    "cka": "CKA",
+    "ece": "ECE",
+    "nll": "NLL",
+    "brier": "Brier",
+}
+
+
+def beyond_knn(groups: Sequence[Group]) -> Section:
+    """Return every figure of evaluation.json, a table a metric: rows are approaches and sets, columns its figures.
+
+    The file is walked, so that a metric which this page does not know is shown as well: a figure is a number with its
+    ``ci95``, a ``delta`` with one is a change.
+    """
+    found: dict[str, dict[tuple[str, str], dict[str, Estimate]]] = {}
+    protocols: dict[str, set[str]] = {}
+    for group in groups:
+        for metric, per_set in _metrics(group).items():
+            for name, figures in per_set.items():
+                found.setdefault(metric, {})[group.name, name] = figures
+        for run in group.runs:
+            told = run.evaluation.get("protocol")
+            for metric, protocol in (told if isinstance(told, dict) else {}).items():
+                protocols.setdefault(metric, set()).add(str(protocol))
+    title = "Beyond k-NN"
+    if not found:
+        return Section("beyond", title, [Text("No run has evaluation.json: `wlsup evaluate RUN` makes it.")])
+    blocks: list[Block] = [
+        Text(
+            "Brackets: 95 % interval, of several seeds over seeds (Student’s t), of one seed as the metric’s protocol "
+            "says. Changes are fine-tuned minus pretrained."
+        )
+    ]
+    for metric, rows in found.items():
+        columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
+        judged = metric in _ACCURACIES
+        cells = tuple(
+            (Cell(approach), Cell(name), *(_cell(column, figures.get(column), judged) for column in columns))
+            for (approach, name), figures in rows.items()
+        )
+        protocol = "; ".join(sorted(protocols.get(metric, ()))) or "not recorded"
+        headers = ("approach", "set", *(_header(column, judged) for column in columns))
+        name = _name(metric)
+        blocks.append(Table(f"{name[0].upper()}{name[1:]}. Protocol: {protocol}.", headers, cells, words=2))
+    return Section("beyond", title, blocks)
+
+
+def tasks(groups: Sequence[Group]) -> Section:
+    """Return retrieval, caption scores and what approaches measured of themselves."""
+    blocks: list[Block] = []
+    if table := _retrieval(groups):
+        blocks.append(table)
+    if table := _captioning(groups):
+        blocks.append(table)
+    for group in groups:
+        if table := _task(group):
+            blocks.append(table)
+    none = [Text("No run measured retrieval, captions or a task of its own.")]
+    return Section("tasks", "Captions and pictures: retrieval, captioning, tasks", blocks or none)
+
+
+def _metrics(group: Group) -> dict[str, dict[str, dict[str, Estimate]]]:
+    """Return the group's figures over its runs that have them: metric -> set -> figure -> estimate."""
+    runs = [run.evaluation for run in group.runs if run.evaluation]
+    found: dict[str, dict[str, dict[str, list[tuple[float, Any]]]]] = {}
+    for evaluation in runs:
+        parts = {name: entry for name, entry in (evaluation.get("sets") or {}).items() if isinstance(entry, dict)}
+        for name, metrics in parts.items():
+            for metric, node in metrics.items():
+                if not isinstance(node, dict) or metric in _SKIPPED:
+                    continue
+                for path, value, interval in _figures(node, metric == "drift"):
+                    column = found.setdefault(metric, {}).setdefault(name, {}).setdefault(path, [])
+                    column.append((value, interval))
+    return {
+        metric: {name: {path: _estimate(values) for path, values in paths.items()} for name, paths in sets.items()}
+        for metric, sets in found.items()
+    }
+
+
+def _figures(
+    node: Mapping[str, Any], bare: bool, path: str = "", given: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, float, Any]]:
+    """Yield (path, value, interval or None) of a metric's figures; those without an interval only where ``bare``.
+
+    ``given`` are intervals that the metric keeps apart, under its own "ci95".
+    """
+    interval = node.get("ci95")
+    for key, value in node.items():
+        if key in _SKIPPED or "ci95" in key:
+            continue
+        here = f"{path} {_name(key)}".strip()
+        if isinstance(value, dict):
+            apart = interval.get(key) if isinstance(interval, dict) else None
+            yield from _figures(value, bare, here, apart)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            own = node.get(f"{key}_ci95", (given or {}).get(key))
+            if own is None and interval is not None and key in ("delta", "value", "accuracy", "mean", "estimate"):
+                own = interval
+                here = here if key == "delta" else path or here
+            if isinstance(own, list) and len(own) == 2:
+                yield here, float(value), own
+            elif bare and key not in ("k", "n", "pictures", "chance", "groups"):
+                yield here, float(value), None
+
+
+def _estimate(values: Sequence[tuple[float, Any]]) -> Estimate:
+    if len(values) > 1:
+        return over_seeds([value for value, _ in values])
+    value, interval = values[0]
+    return Estimate(value, *(interval or (None, None)), "pictures" if interval else "none")
+
+
+def _cell(column: str, estimate: Estimate | None, percent: bool) -> Cell:
+    if estimate is None:
+        return Cell("–", "not measured")
+    if column.endswith("delta"):
+        if percent:
+            return change(estimate)
+        return figure(estimate, lambda value: number(value, 3, signed=True))
+    return share(estimate) if percent else figure(estimate, lambda value: number(value, 3))
+
+
+def _header(column: str, percent: bool) -> str:
+    name = column.removesuffix("delta") + "change" if column.endswith("delta") else column
+    return f"{name}, {'points' if column.endswith('delta') else '%'}" if percent else name
+
+
+def _name(key: str) -> str:
+    return _NAMES.get(str(key), str(key).replace("_", " ").replace("finetuned", "fine-tuned"))
+
+
+def _retrieval(groups: Sequence[Group]) -> Table | None:
+    rows = []
+    columns = [(way, k) for way in ("image_to_text", "text_to_image") for k in ("1", "5", "10")]
+    for group in groups:
+        found = [run.results.get("retrieval") or {} for run in group.runs]
+        if not all(one.get("image_to_text") for one in found):
+            continue
+        cells = []
+        for direction, k in columns:
+            values = [one[direction][k] for one in found if k in one.get(direction, {})]
+            interval = (found[0].get("ci95") or {}).get(direction, {}).get(k)
+            whole = len(values) == len(found)
+            cells.append(_recall(values, interval, found[0]["pairs"]) if whole else Cell("–", "not recorded"))
+        chance = ", ".join(f"{100 * value:.1f}" for value in found[0]["chance"].values())
+        rows.append((Cell(group.name), Cell(str(found[0]["pairs"])), *cells, Cell(chance, "computed")))
+    if not rows:
+        return None
+    ways = {"image_to_text": "picture to text", "text_to_image": "text to picture"}
+    headers = ("approach", "pairs", *(f"{ways[way]} R@{k}" for way, k in columns))
+    protocols = {
+        str((run.results.get("retrieval") or {}).get("protocol") or "cosine, expected recall among equals")
+        for group in groups for run in group.runs if run.results.get("retrieval")
+    }  # fmt: skip
+    return Table(
+        "Held-out retrieval, in %: how often the right one is among the k nearest. Brackets: 95 % interval over seeds "
+        f"(Student’s t), of one seed over pairs. Protocol: {'; '.join(sorted(protocols))}.",
+        (*headers, "chance, R@1, 5, 10"), tuple(rows),
+    )  # fmt: skip
+
+
+def _recall(values: Sequence[float], interval: Any, pairs: int) -> Cell:
+    if len(values) > 1:
+        return share(over_seeds(values))
+    return share(Estimate(values[0], *interval, "pairs") if interval else wilson(values[0], pairs, "pairs"))
+
+
+def _captioning(groups: Sequence[Group]) -> Table | None:
+    rows, how = [], set()
+    scored = [
+        group for group in groups if all((run.results.get("captioning") or {}).get("scores") for run in group.runs)
+    ]
+    names = [
+        name for name in _SCORES if any(name in run.results["captioning"]["scores"] for g in scored for run in g.runs)
+    ]
+    for group in scored:
+        found = [run.results["captioning"] for run in group.runs]
+        cells = []
+        for name in names:
+            entries = [one["scores"].get(name) for one in found]
+            whole = all(entries)
+            estimate = _over([e["value"] for e in entries], entries[0].get("ci95"), "pictures") if whole else None
+            cells.append(figure(estimate, lambda value: number(value, 3)))
+        rows.append((Cell(group.name), *cells))
+        one = found[0]
+        many = f"{one.get('pictures')} held-out pictures, {one.get('references')} human captions"
+        how.add(f"{group.name}: {many}, {one.get('generation')}")
+    if not rows:
+        return None
+    return Table(
+        "Caption scores. BLEU, ROUGE-L and METEOR lie in [0, 1], CIDEr-D in [0, 10]. Brackets: 95 % interval over "
+        "seeds (Student’s t), of one seed over pictures (bootstrap).",
+        ("approach", *(_SCORES[name] for name in names)), tuple(rows), note=f"{'; '.join(sorted(how))}.",
+    )  # fmt: skip
+
+
+_SCORES = {
+    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+    "meteor": "METEOR (nltk)",
+    "loss": "caption loss, nats a token",
+}
+
+
+def _task(group: Group) -> Table | None:
+    found = [run.results.get("task") or {} for run in group.runs]
+    if not all(one.get("rows") for one in found):
+        return None
+    rows = []
+    for row in found[0]["rows"]:
+        same = [one for task in found for one in task["rows"] if one["what"] == row["what"]]
+        unit = row.get("unit") or ""
+        digits = 1 if unit == "%" else 3
+        estimate = _over([one["value"] for one in same], row.get("ci95"), "pictures")
+        chance = Cell("–") if row.get("chance") is None else Cell(number(row["chance"], digits), "computed")
+        rows.append(
+            (
+                Cell(row["what"]),
+                Cell(unit),
+                figure(estimate, lambda value, digits=digits: number(value, digits)),
+                chance,
+            )
+        )
+    note = found[0].get("note") or ""
+    return Table(
+        f"{found[0].get('title')} ({group.name}). {_over_what(group)}", ("measured", "unit", "value", "chance"),
+        tuple(rows), words=2, note=str(note),
+    )  # fmt: skip
+
+
+def _over(values: Sequence[float], interval: Any, over: Basis) -> Estimate:
+    if len(values) > 1:
+        return over_seeds(values)
+    return Estimate(values[0], *interval, over) if interval else over_seeds(values)
+
+
+def _over_what(group: Group) -> str:
+    if len(group.runs) > 1:
+        return f"Mean and 95 % interval over {len(group.runs)} seeds (Student’s t)."
+    return "One seed; brackets, where there are any: 95 % interval over test pictures."

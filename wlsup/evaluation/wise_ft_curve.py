@@ -1,0 +1,252 @@
+"""WiSE-FT's curve: k-NN of every set at every place between two states of an encoder, its pictures read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from wlsup.batch import EvalSet
+from wlsup.errors import WlsupError
+from wlsup.evaluation.features import Features, extract_features
+from wlsup.evaluation.scorers import KnnScorer, ProbeScorer, Scorer
+from wlsup.evaluation.statistics import paired_bootstrap
+from wlsup.evaluation.validation import FRACTION, picture_keys, take, validation_split
+from wlsup.evaluation.wise_ft import ALPHAS, check_alphas, choose_alpha, interpolate
+
+__all__ = ["features_along", "load_tensors", "wise_ft_curve"]
+
+_FEATURE_BYTES = 2**31
+"""Of features held at once. A set that would take more is read again for the rest of the alphas."""
+
+
+Show = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a module's parameters and buffers of these names.
+
+    Raises:
+        WlsupError: the module has no tensor of a name.
+    """
+    own = module.state_dict(keep_vars=True)
+    if unknown := sorted(tensors.keys() - own.keys()):
+        raise WlsupError(f"The model has no tensor {unknown[0]!r}. Give a state of this run.")
+    for name, tensor in tensors.items():
+        own[name].data.copy_(tensor)
+
+
+def features_along(
+    module: nn.Module,
+    start: Mapping[str, Tensor],
+    end: Mapping[str, Tensor],
+    dataset: Dataset,
+    alphas: Sequence[float] = ALPHAS,
+    held: Sequence[str] = (),
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[float, Features]]:
+    """Yield unit features of a data set at each alpha; a batch is read once and encoded at all of them.
+
+    Args:
+        module: has ``features((B, 3, H, W)) -> (B, D)``, in eval mode; it is left in the state of the last alpha.
+        start: theta_0, tensors of the module by name.
+        end: theta_1.
+        dataset: as `extract_features` takes it.
+        alphas: the places.
+        held: see `interpolate`.
+        batch_size: pictures a forward pass.
+        num_workers: loader processes.
+        progress: called with (passes done, passes to do), a pass being a picture at an alpha.
+    """
+    device = next(module.parameters()).device
+    start, end = ({name: tensor.to(device) for name, tensor in ends.items()} for ends in (start, end))
+    if not len(dataset):
+        raise WlsupError("The data set has no pictures to extract features from. Check its folder and split.")
+    with torch.inference_mode():
+        width = module.features(dataset[0][0][None].float().to(device)).shape[1]
+    together = max(1, _FEATURE_BYTES // (4 * width * len(dataset)))
+    done = 0
+    for first in range(0, len(alphas), together):
+        group = alphas[first : first + together]
+
+        def extract(images: Tensor, group: Sequence[float] = group) -> Tensor:
+            rows = []
+            for alpha in group:
+                load_tensors(module, interpolate(start, end, alpha, held))
+                rows.append(nn.functional.normalize(module.features(images).float(), dim=1))
+            return torch.cat(rows, dim=1)
+
+        def show(read: int, total: int, before: int = done, many: int = len(group)) -> None:
+            if progress is not None:
+                progress(before + read * many, total * len(alphas))
+
+        found = extract_features(
+            extract,
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+            normalize=False,  # done above, at each alpha
+            progress=show,
+        )
+        done += len(dataset) * len(group)
+        for position, alpha in enumerate(group):
+            rows = found.features[:, position * width : (position + 1) * width].contiguous()
+            yield alpha, Features(rows, found.labels, found.indices, found.skipped)
+
+
+def wise_ft_curve(
+    module: nn.Module,
+    start: Mapping[str, Tensor],
+    end: Mapping[str, Tensor],
+    sets: Sequence[EvalSet],
+    *,
+    alphas: Sequence[float] = ALPHAS,
+    held: Sequence[str] = (),
+    k: int = 20,
+    temperature: float = 0.07,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    resamples: int = 10_000,
+    probe: bool = False,
+    progress: Show | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Score every set at every alpha, and choose an alpha on validation pictures of the in-domain sets.
+
+    Source: Wortsman et al. 2022 (WiSE-FT); an encoder without a head is judged by k-NN (Caron et al. 2021) instead.
+
+    Args:
+        module: has ``features``; it comes back in the state ``end``, its modes as they were.
+        start: theta_0, tensors of the module by name.
+        end: theta_1.
+        sets: bank and queries of each; of in-domain banks a part validates (`validation_split`).
+        alphas: in [0, 1], both ends among them.
+        held: see `interpolate`.
+        k: of the vote.
+        temperature: of the vote.
+        batch_size: pictures a forward pass.
+        num_workers: loader processes.
+        resamples: of the queries, for each difference's 95 % interval.
+        probe: also score by a linear probe.
+        progress: from a description to a context that takes (done, total).
+        warn: is told what was left out.
+
+    Returns:
+        What wise_ft.json holds: see docs/wise_ft.md.
+
+    Raises:
+        WlsupError: alphas as above, two ends that differ in names, or a set that cannot be scored.
+    """
+    grid, knn = check_alphas(alphas), KnnScorer(k, temperature)
+    entries: dict[str, dict[str, Any]] = {}
+    right: dict[str, list[Tensor]] = {}
+    validated: dict[str, dict[str, Any]] = {}
+    valid_right: dict[str, list[Tensor]] = {}
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        for eval_set in sets:
+            parts: list[dict[float, Features]] = []
+            for part in ("train", "test"):
+                with progress(f"{eval_set.name}, {part}, at {len(grid)} alphas") if progress else nullcontext() as show:
+                    along = features_along(
+                        module,
+                        start,
+                        end,
+                        getattr(eval_set, part),
+                        grid,
+                        held,
+                        batch_size=batch_size,
+                        num_workers=num_workers,
+                        progress=show,
+                    )
+                    parts.append(dict(along))
+                for reason in parts[-1][grid[0]].skipped if warn else ():
+                    warn(f"{eval_set.name}: left out {reason}")
+            banks, queries = parts
+            classes, train = len(eval_set.class_names), len(banks[grid[0]])
+            entry = {"domain": eval_set.domain, "metric": "knn", "k": min(k, train), "train": train}
+            right[eval_set.name] = _right(knn, banks, queries, classes)
+            entry |= {"test": len(queries[grid[0]]), **_scores(right[eval_set.name], resamples)}
+            if probe:
+                scores = _scores(_right(ProbeScorer(), banks, queries, classes), resamples)
+                entry |= {"probe": scores["accuracy"], "probe_delta": scores["delta"], "probe_ci95": scores["ci95"]}
+            entries[eval_set.name] = entry
+            if eval_set.domain == "in":
+                sizes, valid_right[eval_set.name] = _validate(eval_set, banks, knn)
+                validated[eval_set.name] = sizes | _scores(valid_right[eval_set.name], resamples)
+    finally:
+        load_tensors(module, end)
+        for child, training in modes:
+            child.training = training
+    choice = choose_alpha(grid, {name: entry["accuracy"] for name, entry in validated.items()})
+    if over_sets := _mean_scores(list(valid_right.values()), resamples):
+        choice["validation"] |= {"delta": over_sets["delta"], "ci95": over_sets["ci95"], "by_set": validated}
+    summary = {
+        name: _mean_scores([right[eval_set.name] for eval_set in sets if eval_set.domain == domain], resamples)
+        for domain, name in (("in", "in_domain"), ("out", "out_of_domain"))
+    }
+    protocol = f"wise-ft:v1 theta=(1-a)start+a*finetuned in fp32; {knn.protocol}"
+    protocol += f"; {ProbeScorer().protocol}" if probe else ""
+    protocol += "; ci95 of the change from alpha 0, paired bootstrap over queries"
+    return {
+        "alphas": list(grid),
+        "sets": entries,
+        **choice,
+        "summary": summary,
+        "held": list(held),
+        "protocol": f"{protocol}; validation on {FRACTION:g} of each class of a bank",
+    }
+
+
+def _right(scorer: Scorer, banks: dict[float, Features], queries: dict[float, Features], classes: int) -> list[Tensor]:
+    """Return which queries are right, (m,) bool, at each alpha."""
+    return [scorer(bank, queries[alpha], classes) for alpha, bank in banks.items()]
+
+
+def _scores(right: list[Tensor], resamples: int) -> dict[str, list]:
+    """Return accuracy, change from the first alpha and its interval, at each."""
+    changes = [paired_bootstrap(right[0], at, resamples=resamples) for at in right]
+    return {
+        "accuracy": [int(at.sum()) / len(at) for at in right],
+        "delta": [change.estimate for change in changes],
+        "ci95": [[change.low, change.high] for change in changes],
+    }
+
+
+def _mean_scores(sets: list[list[Tensor]], resamples: int) -> dict[str, list] | None:
+    """Return the same of the mean over sets, each set's queries resampled apart; None of no set."""
+    if not sets:
+        return None
+    means: dict[str, list] = {"accuracy": [], "delta": [], "ci95": []}
+    for position in range(len(sets[0])):
+        before, after = [right[0].numpy() for right in sets], [right[position].numpy() for right in sets]
+        generator, total = np.random.default_rng(0), np.zeros(resamples)
+        for first, then in zip(before, after, strict=True):  # see `paired_bootstrap`: a resample is a multinomial draw
+            shares = np.array([(then & ~first).mean(), (first & ~then).mean(), (then == first).mean()])
+            counts = generator.multinomial(len(first), shares, size=resamples)
+            total += (counts[:, 0] - counts[:, 1]) / len(first) / len(sets)
+        means["accuracy"].append(float(np.mean([then.mean() for then in after])))
+        means["delta"].append(float(np.mean([b.mean() - a.mean() for a, b in zip(before, after, strict=True)])))
+        means["ci95"].append([float(edge) for edge in np.quantile(total, [0.025, 0.975])])
+    return means
+
+
+def _validate(eval_set: EvalSet, banks: dict[float, Features], knn: Scorer) -> tuple[dict[str, int], list[Tensor]]:
+    """Score pictures of the bank by the rest of it; return sizes, and which are right at each alpha."""
+    first = next(iter(banks.values()))
+    keys = picture_keys(eval_set.train)
+    split = validation_split(first.labels, [keys[row] for row in first.indices.tolist()])
+    rest, held_out = ({alpha: take(bank, rows) for alpha, bank in banks.items()} for rows in split)
+    sizes = {"train": len(split.bank), "validation": len(split.validation)}
+    return sizes, _right(knn, rest, held_out, len(eval_set.class_names))
