@@ -60,6 +60,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _show(target: str, entries: dict[str, Any], console: Any) -> None:
+    from rich.measure import Measurement
     from rich.table import Table
 
     from wlsup.evaluation.knn import protocol_id
@@ -71,8 +72,9 @@ def _show(target: str, entries: dict[str, Any], console: Any) -> None:
     for name, entry in entries.items():
         scores = [_score_of(entry, k) for k in ks]
         table.add_row(name, entry["domain"], str(entry["train"]), str(entry["test"]), *scores)
-    # In its own width, where rich would cut numbers short in a narrow terminal.
-    console.print(table, soft_wrap=True, width=max(console.width, console.measure(table).maximum))
+    # Its own width: in a terminal too narrow for it lines wrap, where rich would cut numbers short.
+    table.width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.print(table, soft_wrap=True)
     protocol = protocol_id().replace(" k=20", "")
     print(f"In brackets Wilson's 95 % interval over the queries. Protocol: {protocol}, k as in the columns.")
 
