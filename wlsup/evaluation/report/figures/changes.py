@@ -88,11 +88,11 @@ def scatter_chart(groups: Sequence[Group]) -> Chart | None:
     spots = {name: (100 * inside.value, 100 * outside.value) for name, inside, outside in candidates}
 
     def draw(palette: Palette) -> Figure:
-        figure, one = axes(palette, 4.6)
+        figure, one = axes(palette, 5.0)
         one.axhline(0, color=palette.muted, linewidth=0.8)
         one.axvline(0, color=palette.muted, linewidth=0.8)
-        x = _reach([x for x, _ in spots.values()], [(i.low, i.high) for _, i, _ in candidates], widen=0.25)
-        y = _reach([y for _, y in spots.values()], [(o.low, o.high) for _, _, o in candidates], widen=0.25)
+        x = _reach([x for x, _ in spots.values()], [(i.low, i.high) for _, i, _ in candidates], widen=0.12, stretch=0.2)
+        y = _reach([y for _, y in spots.values()], [(o.low, o.high) for _, _, o in candidates], widen=0.12, stretch=0.2)
         one.set_xlim(*x)
         one.set_ylim(*y)
         one.fill_between([0, x[1]], 0, y[1], color=palette.gain, alpha=0.08, linewidth=0)
@@ -143,13 +143,16 @@ def _cells(estimate: Estimate) -> tuple[str, str, str]:
 
 
 def _reach(
-    values: Sequence[float], intervals: Sequence[tuple[float | None, float | None]], widen: float = 0.08
+    values: Sequence[float],
+    intervals: Sequence[tuple[float | None, float | None]],
+    widen: float = 0.08,
+    stretch: float = 1.0,
 ) -> tuple[float, float]:
-    """Return an axis' limits: all values and 0, and intervals as far as they do not dwarf them."""
+    """Return an axis' limits: all values and 0, and of the intervals at most ``stretch`` times as much beside it."""
     low, high = min([0.0, *values]), max([0.0, *values])
     span = max(high - low, 1.0)
     low_end = min([low, *(100 * a for a, _ in intervals if a is not None)])
     high_end = max([high, *(100 * b for _, b in intervals if b is not None)])
-    low, high = max(low_end, low - span), min(high_end, high + span)
+    low, high = max(low_end, low - stretch * span), min(high_end, high + stretch * span)
     margin = widen * (high - low)
     return low - margin, high + margin

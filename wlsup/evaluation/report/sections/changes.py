@@ -137,7 +137,8 @@ def in_against_out(groups: Sequence[Group]) -> Section:
     text = (
         f"Beaten by none in both respects at once (dashed): {', '.join(best)}. The pretrained encoder is one of the "
         "points: what it beats is worse than doing nothing. The front is that of the means; where intervals overlap it "
-        f"may be another. Protocol: {used_protocols(groups)}."
+        "may be another. Intervals that leave the picture are cut off there; its values have them whole. "
+        f"Protocol: {used_protocols(groups)}."
     )
     return Section("front", "At home against away", [Text(text), Charts((chart,), wide=True)])
 
