@@ -196,9 +196,9 @@ def _tasks_markdown(rows: list[dict[str, Any]]) -> list[str]:
 
 def _figure(entry: dict[str, Any]) -> str:
     percent, value = entry["unit"] == "%", entry["value"]
-    spread = "" if value["ci95"] is None else (value["ci95"][1] - value["ci95"][0]) / 2
-    text = f"{value['mean']:.1f}" if percent else f"{value['mean']:.3f}"
-    spread = spread and (f" ± {spread:.1f}" if percent else f" ± {spread:.3f}")
+    digits = 1 if percent else 3
+    spread = "" if value["ci95"] is None else f" ± {(value['ci95'][1] - value['ci95'][0]) / 2:.{digits}f}"
+    text = f"{value['mean']:.{digits}f}"
     return f"{text}{spread} {entry['unit']}".rstrip()
 
 
@@ -227,7 +227,8 @@ def _accuracy(share: dict[str, Any]) -> str:
 def _finetuned(entry: dict[str, Any]) -> str:
     """Return a set's accuracy over seeds; of a single seed over its test pictures."""
     share = entry["finetuned"]
-    return _accuracy(share) if share["ci95"] else _alone(share["mean"], entry.get("test"))
+    moved = any(entry["delta"]["values"])  # of an encoder that did not train seeds say nothing
+    return _accuracy(share) if share["ci95"] and moved else _alone(share["mean"], entry.get("test"))
 
 
 def _alone(share: float, n: int | None) -> str:

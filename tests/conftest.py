@@ -2,10 +2,12 @@
 
 import importlib
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -22,6 +24,27 @@ def shared_data():
     if not SHARED.is_dir():
         pytest.skip("the real pictures of ../shared/data are not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def in_processes():
+    """Run ``work(rank, world, folder)``, a function of a test module, in so many processes, and wait for them."""
+
+    def run(work, world, folder, timeout):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(ROOT)  # where the processes find the test's module, under its full name
+            context = mp.spawn(work, (world, str(folder)), nprocs=world, join=False)
+        deadline = time.monotonic() + timeout
+        try:
+            while not context.join(timeout=1):
+                if time.monotonic() > deadline:
+                    pytest.fail(f"{world} processes did not finish within {timeout} s")
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

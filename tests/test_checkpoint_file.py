@@ -96,7 +96,8 @@ def test_a_crash_while_saving_leaves_a_whole_one(moment, tmp_path, monkeypatch):
         patch.setattr(owner, name, crash)
         with pytest.raises(KeyboardInterrupt):
             saved(tmp_path, 2.0)
-    path, _ = newest_checkpoint(tmp_path)
+    path, held, _ = newest_checkpoint(tmp_path)
+    assert held["global_step"] == 1
     assert read_checkpoint(path)["global_step"] == 1
 
 
@@ -120,14 +121,14 @@ def test_a_torn_last_one_falls_back_to_the_one_before_and_says_so(tmp_path):
     saved(tmp_path, 1.0)
     last = saved(tmp_path, 2.0)
     last.write_bytes(last.read_bytes()[:-20])
-    path, passed_over = newest_checkpoint(tmp_path)
+    path, _, passed_over = newest_checkpoint(tmp_path)
     assert path == tmp_path / "previous.ckpt"
     assert len(passed_over) == 1
     assert str(last) in passed_over[0]
 
 
 def test_no_checkpoint_yet_is_a_start_and_none_that_can_be_read_an_error(tmp_path):
-    assert newest_checkpoint(tmp_path) == (None, [])
+    assert newest_checkpoint(tmp_path) == (None, {}, [])
     for name in ("last.ckpt", "previous.ckpt"):
         (tmp_path / name).write_bytes(b"torn")
     with pytest.raises(WlsupError, match="No checkpoint in .* can be read"):

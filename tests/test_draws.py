@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 
 from wlsup.callbacks.captions import undisturbed
-from wlsup.draws import alone, per_sample, processes, shared
-from wlsup.moe.losses import global_sum
-from wlsup.objectives.distributed import mean_over_ranks, meet
+from wlsup.draws import per_sample, shared
+from wlsup.objectives.distributed import meet
+from wlsup.ranks import alone, global_sum, mean_over_ranks, processes
 
 
 @pytest.fixture

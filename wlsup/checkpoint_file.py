@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from wlsup.errors import WlsupError
+from wlsup.files import written_whole
 
 __all__ = ["LAST", "PREVIOUS", "newest_checkpoint", "read_checkpoint", "save_checkpoint_file"]
 
@@ -32,26 +32,13 @@ def save_checkpoint_file(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: it could not be written (no space, no right to); what was there before still is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's writer answers a full disk with an error of its own
-                raise OSError(f"cannot write {path}: {_cause(error)}") from error
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        if path.name == LAST and path.exists():
-            _keep_as_previous(path)
-        temporary.replace(path)
-        _bring_to_disk(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    keep = (lambda: _keep_as_previous(path)) if path.name == LAST and path.exists() else None
+    with written_whole(path, before=keep) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's writer answers a full disk with an error of its own
+            raise OSError(f"cannot write {path}: {_cause(error)}") from error
+    _bring_to_disk(path.parent)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -75,14 +62,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint in ``folder`` that can be read, and why newer ones cannot.
+def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """Return the newest checkpoint in ``folder`` that can be read, what it holds, and why newer ones cannot.
 
     Args:
         folder: a run's ``checkpoints``.
 
     Returns:
-        (path, or None where there is no checkpoint yet; one sentence for each that was passed over).
+        (path, or None where there is no checkpoint yet; its content; one sentence for each that was passed over).
 
     Raises:
         WlsupError: there are checkpoints, and none can be read.
@@ -91,14 +78,12 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     passed_over = []
     for path in there:
         try:
-            read_checkpoint(path)
+            return path, read_checkpoint(path), passed_over
         except WlsupError as error:
             passed_over.append(str(error))
-        else:
-            return path, passed_over
     if there:
         raise WlsupError(f"No checkpoint in {folder} can be read: {' '.join(passed_over)}")
-    return None, []
+    return None, {}, []
 
 
 def _check_records(path: Path) -> None:

@@ -11,38 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Draw", "alone", "per_sample", "processes", "share", "shared", "unshare"]
+from wlsup.ranks import processes
+
+__all__ = ["Draw", "per_sample", "share", "shared", "unshare"]
 
 Draw = Callable[[int, torch.Generator | None], Tensor]
 """How many samples, and from what (None: torch's global stream) -> a tensor whose first dimension they are."""
 
-_alone = False
 _seed: int | None = None
 _streams: dict[torch.device, torch.Generator] = {}
-
-
-def processes() -> tuple[int, int]:
-    """Return over how many processes a batch lies, and which of them this one is; (1, 0) for one that works `alone`."""
-    if _alone or not (dist.is_available() and dist.is_initialized()):
-        return 1, 0
-    return dist.get_world_size(), dist.get_rank()
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Work on what the other processes have no part in, such as an evaluation by rank 0: nothing is summed over them.
-
-    A sum over the processes waits for all of them, and those that evaluate nothing have gone on.
-    """
-    global _alone
-    before, _alone = _alone, True
-    try:
-        yield
-    finally:
-        _alone = before
 
 
 def share(seed: int) -> None:

@@ -5,26 +5,48 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-__all__ = ["write_json", "write_text"]
+__all__ = ["write_json", "write_text", "written_whole"]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+@contextmanager
+def written_whole(path: Path, before: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
+    """Give a file to write into that becomes ``path`` when all is written and on the disk.
+
+    A reader, or a crash, sees the old file or the new one and nothing between; an error leaves the old one.
+
+    Args:
+        path: of the file; its folder is made.
+        before: called when the new file is on the disk and the old one still in its place.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        if before is not None:
+            before()
+        Path(temporary).replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, by `written_whole`."""
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

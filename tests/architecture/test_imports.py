@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wlsup"
-BOTTOM = {"batch", "checkpoint_file", "draws", "errors", "files", "plan", "optim"}
+BOTTOM = {"batch", "checkpoint_file", "draws", "errors", "files", "plan", "optim", "ranks"}
 METHODS = {"objectives", "adapters", "fusion", "moe", "reprogramming", "models", "selection"}
 ALLOWED = {
     "cli": {"cli", "approaches", "callbacks", "evaluation", "data", *METHODS, *BOTTOM},
@@ -18,17 +18,18 @@ ALLOWED = {
     "models": {"models", "batch", "draws", "errors", "files", "plan"},
     "adapters": {"adapters", "batch", "errors", "plan"},
     "fusion": {"fusion", "adapters", "batch", "errors", "plan"},
-    "moe": {"moe", "models", "batch", "draws", "errors", "plan"},
+    "moe": {"moe", "models", "batch", "draws", "errors", "plan", "ranks"},
     "reprogramming": {"reprogramming", "models", "batch", "draws", "errors", "plan", "optim"},
-    "selection": {"selection", "batch", "errors"},
-    "objectives": {"objectives", "models", "batch", "draws", "errors"},
+    "selection": {"selection", "batch", "errors", "ranks"},
+    "objectives": {"objectives", "models", "batch", "draws", "errors", "ranks"},
     "plan": {"errors"},
     "optim": {"errors"},
     "batch": {"draws"},
-    "checkpoint_file": {"errors"},
-    "draws": set(),
+    "checkpoint_file": {"errors", "files"},
+    "draws": {"ranks"},
     "errors": set(),
     "files": set(),
+    "ranks": set(),
 }
 
 

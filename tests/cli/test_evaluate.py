@@ -144,6 +144,15 @@ def test_pictures_of_the_classes_that_changed_most_are_the_sets_own(run, by_call
     assert any(np.array_equal(np.asarray(Image.open(files[0])), np.asarray(Image.open(path))) for path in pictures)
 
 
+def test_a_run_whose_features_were_cached_is_evaluated_on_pictures(tmp_path, few_digits, capsys):
+    fit = [word.replace("film", "lit") for word in FIT]
+    sets = json.dumps([{"name": "mini_digits", "kind": "imagefolder", "images": str(few_digits)}])
+    options = ["--data.cache_features", "true", "--data.eval_sets", sets]
+    assert main([*fit, "--run_dir", str(tmp_path / "run"), *options]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--metrics", "retrieval"]) == 0
+    assert "R@1" in capsys.readouterr().out
+
+
 def test_the_terminal_shows_a_table_and_where_the_file_is(run, by_command, capsys):
     assert main(["evaluate", str(run), "--metrics", "drift"]) == 0
     out = capsys.readouterr().out

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wlsup.errors import WlsupError
-from wlsup.evaluation.classes import class_changes, examples
+from wlsup.evaluation.classes import class_changes, examples, file_name
 
 
 def answers(changes: dict[int, tuple[int, int, int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -59,3 +59,10 @@ def test_examples_are_the_newly_right_of_the_helped_and_the_newly_wrong_of_the_h
         assert all(bool(after[i]) == (kind == "helped") and before[i] != after[i] for i in found)
     same = class_changes(before, before, labels, ["a", "b", "c"])
     assert examples(same, before, before, labels) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("a/b: c", "a_b_c"), ("..", "_"), ("", "_"), ("Müller-1.5", "Müller-1.5"), ("../x", "x")]
+)
+def test_a_class_may_have_any_name_and_its_file_may_not(name, file):
+    assert file_name(name) == file

@@ -78,12 +78,24 @@ def test_only_what_is_asked_for_is_measured():
 
 
 def test_the_drift_sample_is_the_same_pictures_for_both_and_small():
-    bank = Features(torch.nn.functional.normalize(torch.randn(3000, 4), dim=1), torch.arange(3000) % 4, None)
+    bank = Features(
+        torch.nn.functional.normalize(torch.randn(3000, 4), dim=1), torch.arange(3000) % 4, torch.arange(3000)
+    )
     queries = clusters(20, width=4)
     knn = knn_accuracy(bank, queries, num_classes=4)
     spec = MetricSpec(("drift",))
     first, second = (judge(bank, queries, knn, spec, num_classes=4).sample for _ in range(2))
     assert torch.equal(first, second) and first.shape == (1000, 4) and first.dtype == torch.float16
+
+
+def test_drift_of_a_bank_that_has_changed_is_refused():
+    bank, queries = clusters(200, width=4), clusters(20, width=4)
+    knn, spec = knn_accuracy(bank, queries, num_classes=4), MetricSpec(("drift",))
+    before = judge(bank, queries, knn, spec, num_classes=4)
+    changed = Features(bank.features, bank.labels, bank.indices + 1)
+    after = judge(changed, queries, knn, spec, num_classes=4)
+    with pytest.raises(WlsupError, match="different pictures"):
+        compare(before, after, spec, class_names=tuple("abcd"), domain="in")
 
 
 def test_the_table_has_an_interval_on_every_line_and_the_protocols_below(better):

@@ -1,5 +1,7 @@
 """The curve over sets: read once, exact at its ends, and chosen on validation pictures alone."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -115,7 +117,20 @@ def test_a_set_too_large_to_hold_at_all_alphas_is_read_again_and_scores_alike(fo
         def __exit__(self, *error):
             pass
 
+    banks, most = [], []
+    features_along = module_under_test.features_along
+
+    def watched(module, start, end, dataset, *rest, **options):
+        for alpha, found in features_along(module, start, end, dataset, *rest, **options):
+            if dataset is made.train:
+                banks.append(weakref.ref(found))
+                most.append(sum(bank() is not None for bank in banks))
+            yield alpha, found
+
+    monkeypatch.setattr(module_under_test, "features_along", watched)
     again = curve([made, eval_set("away", "out", 20)], progress=Show)
+    assert len(most) == 3
+    assert max(most) <= 2  # the one at hand, and the one before it, which a loop still names
     assert made.train.reads == 3 * 80 + 1
     assert again["sets"] == found["sets"]
     assert (240, 240) in seen

@@ -61,6 +61,12 @@ def test_the_row_holds_what_the_table_shows(script):
     assert "`lora, seed 0` failed: exit code 2: no" in text
 
 
+def test_seeds_that_agree_have_an_interval_of_no_width(script):
+    text = script.markdown([script.summarise("film", [results("film", seed, 0.0) for seed in (0, 1)])], {}, "mini")
+    assert "| loss | 1.500 ± 0.000 nats | - |" in text
+    assert "| `film` | 50.0 ± 9.6 | 50.0 ± 9.6 |" in text  # nothing over seeds: over test pictures
+
+
 def test_one_seed_has_intervals_over_test_pictures_and_says_so(script):
     text = script.markdown([script.summarise("film", [results("film", 0, 0.02)])], {}, "mini")
     assert "| `film` | 1 | **+2.0 [+1.0, +5.0] (pictures)** |" in text

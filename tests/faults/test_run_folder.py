@@ -1,5 +1,6 @@
 """Two runs in one folder, a folder that cannot be written or is gone, a torn checkpoint: one sentence, nothing lost."""
 
+import errno
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from wlsup.approaches.base import Approach
 from wlsup.checkpoint_file import read_checkpoint
 from wlsup.cli import main
-from wlsup.cli.training import _alone
+from wlsup.cli.training import _held, _is_of
 from wlsup.errors import WlsupError
 
 
@@ -35,9 +36,9 @@ def test_a_folder_that_holds_a_run_is_not_written_over(finished, capsys):
 
 def test_a_second_run_does_not_enter_a_folder_that_another_one_is_writing(tmp_path):
     message = r"Another run \(process \d+ on .*\) is writing into"
-    with _alone(tmp_path / "run"), pytest.raises(WlsupError, match=message), _alone(tmp_path / "run"):
+    with _held(tmp_path / "run"), pytest.raises(WlsupError, match=message), _held(tmp_path / "run"):
         pass
-    with _alone(tmp_path / "run"):  # the first has ended
+    with _held(tmp_path / "run"):  # the first has ended
         pass
 
 
@@ -45,6 +46,22 @@ def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert main(command(tmp_path / "file" / "run")) == 2
     assert "run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (lambda folder: OSError(errno.EACCES, "denied", str(folder / "metrics.csv")), True),
+        (lambda folder: FileNotFoundError(errno.ENOENT, "gone", str(folder.parent / "pictures.tar")), False),
+        (lambda folder: OSError(errno.ENOSPC, "No space left on device"), True),
+        (lambda folder: ConnectionRefusedError(errno.ECONNREFUSED, "refused"), False),
+        (lambda folder: folder.rmdir() or OSError("a writer failed"), True),
+    ],
+)
+def test_only_errors_of_the_runs_folder_are_told_as_such(error, ours, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert _is_of(folder, error(folder)) is ours
 
 
 def test_a_folder_that_vanishes_ends_the_run_with_a_sentence(tmp_path, monkeypatch, capsys):

@@ -118,3 +118,20 @@ def two_networks():
 def networks():
     with two_networks() as hosts:
         yield hosts
+
+
+@pytest.fixture
+def linked_cluster(tmp_path):
+    """Make a fake cluster of two nodes over links to the scripts; ``plan`` is what each job's run does."""
+
+    def make(*plan, **description):
+        work = tmp_path / "work"
+        work.mkdir()
+        for name in ("cluster", "lsf", "slurm", "experiments"):
+            (work / name).symlink_to(ROOT / name)
+        hosts = [{"listed": f"node{number}", "hostname": f"node{number}"} for number in (1, 2)]
+        made = Cluster(tmp_path / "fake", hosts, work, **description)
+        (made.folder / "plan").write_text(" ".join(plan))
+        return made
+
+    return make

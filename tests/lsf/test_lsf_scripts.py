@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, Cluster
+from .conftest import ROOT
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
@@ -21,20 +21,11 @@ SCRIPTS = sorted(
 )
 pytestmark = pytest.mark.multiprocess
 
-HOSTS = [{"listed": f"node{i}", "hostname": f"node{i}"} for i in (1, 2)]
-
 
 @pytest.fixture
-def lsf(tmp_path):
-    """Make a fake LSF of two nodes and a work tree of links to the scripts; ``plan`` is what each job's run does."""
-
+def lsf(linked_cluster, tmp_path):
     def make(*plan, **description):
-        work = tmp_path / "work"
-        work.mkdir()
-        for name in ("cluster", "lsf", "slurm", "experiments"):
-            (work / name).symlink_to(ROOT / name)
-        made = Cluster(tmp_path / "fake", HOSTS, work, **description)
-        (made.folder / "plan").write_text(" ".join(plan))
+        made = linked_cluster(*plan, **description)
         made.run_dir = tmp_path / "run"
         made.common = {"PYTHON": ROOT / "tests/lsf/stub_python", "RUN_DIR": made.run_dir, "NVME": tmp_path / "nvme"}
         return made

@@ -7,25 +7,14 @@ import time
 
 import pytest
 
-from .conftest import ROOT, Cluster
+from .conftest import ROOT
 
 pytestmark = pytest.mark.multiprocess
 
-HOSTS = [{"listed": f"node{i}", "hostname": f"node{i}"} for i in (1, 2)]
-
 
 @pytest.fixture
-def slurm(tmp_path):
-    def make(*plan, **description):
-        work = tmp_path / "work"
-        work.mkdir()
-        for name in ("cluster", "lsf", "slurm", "experiments"):
-            (work / name).symlink_to(ROOT / name)
-        made = Cluster(tmp_path / "fake", HOSTS, work, **description)
-        (made.folder / "plan").write_text(" ".join(plan))
-        return made
-
-    return make
+def slurm(linked_cluster):
+    return linked_cluster
 
 
 def submit(slurm, *options, **variables):

@@ -4,12 +4,10 @@ import re
 import time
 from datetime import timedelta
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -138,24 +136,11 @@ def work(rank, world, folder):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, in_processes):
     @cache
     def of(world):
         folder = tmp_path_factory.mktemp(f"world-{world}")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(
-                Path(__file__).parents[2]
-            )  # where the processes find this module, under its full name
-            context = mp.spawn(work, (world, str(folder)), nprocs=world, join=False)
-        deadline = time.monotonic() + TIMEOUT
-        try:
-            while not context.join(timeout=1):
-                if time.monotonic() > deadline:
-                    pytest.fail(f"{world} processes did not finish within {TIMEOUT} s")
-        finally:
-            for process in context.processes:
-                if process.is_alive():
-                    process.kill()
+        in_processes(work, world, folder, TIMEOUT)
         return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
     return of

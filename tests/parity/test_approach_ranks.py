@@ -3,14 +3,11 @@
 All cases run in one set of processes, each over one step's worth of the same pictures, captions and random draws.
 """
 
-import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -125,19 +122,9 @@ def work(rank, world, folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, in_processes):
     folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2])  # where the processes find this module, under its full name
-        context = mp.spawn(work, (WORLD, str(folder)), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while not context.join(timeout=1):
-            if time.monotonic() > deadline:
-                pytest.fail(f"{WORLD} processes did not finish within {TIMEOUT} s")
-    finally:
-        for process in context.processes:
-            process.kill()
+    in_processes(work, WORLD, folder, TIMEOUT)
     return folder
 
 

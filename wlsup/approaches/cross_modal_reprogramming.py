@@ -14,10 +14,10 @@ from wlsup.approaches.base import Approach
 from wlsup.batch import CaptionBatch
 from wlsup.models.caption_tokens import load_tokenizer
 from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
-from wlsup.objectives.distributed import mean_over_ranks
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.ranks import mean_over_ranks
 from wlsup.reprogramming.classifier import FrozenClassifier
 from wlsup.reprogramming.control import train_alike
 from wlsup.reprogramming.cross_modal import (

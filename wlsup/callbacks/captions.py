@@ -17,11 +17,11 @@ from torch import Tensor
 
 from wlsup.batch import CaptionBatch
 from wlsup.callbacks.progress import progress
-from wlsup.draws import alone
 from wlsup.errors import WlsupError
 from wlsup.evaluation.caption_pictures import caption_grid
 from wlsup.evaluation.caption_table import samples_markdown
 from wlsup.evaluation.captions import bootstrap_mean, score_captions
+from wlsup.ranks import alone
 
 __all__ = ["Captioner", "Captions", "evaluate_captions"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from wlsup.batch import CaptionBatch, EvalSet, ImageSpec
 from wlsup.callbacks.captions import undisturbed
 from wlsup.callbacks.knn import KNN, When
 from wlsup.callbacks.progress import progress
-from wlsup.evaluation.classes import examples
+from wlsup.evaluation.classes import examples, file_name
 from wlsup.evaluation.evaluation_table import evaluation_markdown
 from wlsup.evaluation.features import Features, extract_features
 from wlsup.evaluation.judgement import Judgement, MetricSpec, compare, judge, protocols
@@ -32,8 +31,6 @@ from wlsup.files import write_json
 __all__ = ["Evaluation", "judged", "save_examples", "score_retrieval", "score_zero_shot", "sentence_embedder"]
 
 logger = logging.getLogger("wlsup")
-
-_CLASSES_AT_ONCE = 64
 
 
 def judged(
@@ -81,14 +78,10 @@ def score_zero_shot(
         return module.embed(CaptionBatch(images, ["a"] * len(images), list(map(str, range(len(images))))))[0]
 
     with undisturbed(module), progress(f"zero-shot of {eval_set.name}") as show:
-        names = list(eval_set.class_names)
-        parts = [
-            class_embeddings(embed, names[start : start + _CLASSES_AT_ONCE], prompts)
-            for start in range(0, len(names), _CLASSES_AT_ONCE)
-        ]
+        classes = class_embeddings(embed, eval_set.class_names, prompts)
         device = next(module.parameters()).device
         found = extract_features(pictures, eval_set.test, batch_size=batch_size, device=device, progress=show)
-    result = zero_shot(found.features, found.labels, torch.cat(parts))
+    result = zero_shot(found.features, found.labels, classes)
     return result | {"templates": len(prompts.templates), "prompts": prompts.source}
 
 
@@ -125,14 +118,14 @@ def save_examples(
     """
     from PIL import Image
 
-    place = folder / "classes" / _file_name(eval_set.name)
+    place = folder / "classes" / file_name(eval_set.name)
     if place.is_dir():
         shutil.rmtree(place)  # of an earlier evaluation: ranks have changed
     written = []
     for kind, rank, name, queries in examples(rows, before.correct, after.correct, before.labels):
         for number, query in enumerate(queries, start=1):
             picture = denormalised(eval_set.test[int(before.indices[query])][0], spec)
-            path = place / f"{kind}-{rank}-{_file_name(name)}-{number}.png"
+            path = place / f"{kind}-{rank}-{file_name(name)}-{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path)
             written.append(str(path.relative_to(folder)))
@@ -195,9 +188,10 @@ class Evaluation(Callback):
                 save_examples(folder, eval_set, sets[name]["classes"], first, second, pl_module.image_spec)
         if not sets:
             return
-        self.results = {"protocol": protocols(self.spec, sets), "sets": sets}
+        self.results = {"sets": sets}
         if "retrieval" in self.spec and (found := score_retrieval(pl_module, trainer.datamodule.val_dataloader())):
             self.results["retrieval"] = found
+        self.results = {"protocol": protocols(self.spec, sets, "retrieval" in self.results), **self.results}
         write_json(folder / "evaluation.json", self.results)
         for sink in trainer.loggers:
             if isinstance(sink, TensorBoardLogger):
@@ -215,8 +209,3 @@ class Evaluation(Callback):
         if when != "along" and self._module is not None:
             found = judged(self._module, eval_set, bank, queries, knn, self.spec)
             (self.before if when == "pretrained" else self.after)[eval_set.name] = found
-
-
-def _file_name(name: str) -> str:
-    """Return a name as one that every file system takes."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "_"

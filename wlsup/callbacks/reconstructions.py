@@ -33,7 +33,8 @@ class Reconstructions(Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Show the pretrained model's grid."""
-        if not self.pictures or not hasattr(pl_module, "mae"):
+        cached = getattr(trainer.datamodule, "cache_features", False)  # batches then hold features, not pictures
+        if not self.pictures or not hasattr(pl_module, "mae") or cached:
             return
         images: list[Tensor] = []
         for batch in trainer.datamodule.val_dataloader():

@@ -23,13 +23,13 @@ from wlsup.callbacks.dashboard import dashboard_layout, log_hyperparameters
 from wlsup.callbacks.guards import Guards
 from wlsup.callbacks.knn import KNN, domain_intervals, domain_means
 from wlsup.callbacks.retrieval import Retrieval
-from wlsup.draws import alone
 from wlsup.evaluation.caption_table import caption_markdown, print_caption_table
-from wlsup.evaluation.knn import PROTOCOL
+from wlsup.evaluation.knn import protocol_of
 from wlsup.evaluation.table import knn_markdown, print_knn_table
 from wlsup.evaluation.task_table import print_task_table, task_markdown
 from wlsup.files import write_json, write_text
 from wlsup.plan import plan_markdown
+from wlsup.ranks import alone
 
 __all__ = ["FIRST_HYPERPARAMETERS", "RunFolder", "environment", "peak_memory", "processor_seconds"]
 
@@ -48,20 +48,29 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
-    )
     return {
         "versions": versions,
         "python": platform.python_version(),
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": sys.argv,
     }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the suite's own work tree; None without one, as where it is installed from a package."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+        )
+    except OSError:  # there is no git
+        return None
+    return described.stdout.strip() or None if tracked.returncode == 0 else None
 
 
 def peak_memory() -> dict[str, float | None]:
@@ -200,7 +209,7 @@ class RunFolder(Callback):
             "retrieval": retrieval.results if retrieval else {},
             "summary": domain_means(entries) | domain_intervals(entries),
             "guards": guards.results if guards else {},
-            "protocol": PROTOCOL,
+            "protocol": protocol_of(entries.values()),
         }
 
     def state_dict(self) -> dict[str, Any]:

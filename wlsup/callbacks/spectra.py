@@ -128,7 +128,7 @@ class Spectra(Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Find out before training, not after it, whether weightwatcher is there."""
-        if self.enabled and trainer.is_global_zero:
+        if self.enabled:
             watcher_version()
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

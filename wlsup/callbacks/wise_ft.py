@@ -90,7 +90,7 @@ def write_curve(curve: Mapping[str, Any], folder: Path, title: str) -> list[Path
     try:
         write_json(folder / "wise_ft.json", curve)
     except OSError as error:
-        raise WlsupError(f"Cannot write {folder / 'wise_ft.json'}: {error.strerror}. Set --out DIR.") from error
+        raise WlsupError(f"Cannot write {folder / 'wise_ft.json'}: {error.strerror}. Give another folder.") from error
     return [folder / "wise_ft.json", *save_figure(draw_wise_ft(curve, title), folder / "wise_ft")]
 
 

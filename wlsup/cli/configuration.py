@@ -44,7 +44,7 @@ from wlsup.cli.recipes import approach_named_in
 from wlsup.cli.training import RUN_DIR, resumption
 from wlsup.errors import WlsupError
 
-__all__ = ["WlsupCLI", "build_model", "configure", "load_run", "untrained_run"]
+__all__ = ["WlsupCLI", "build_model", "choose_eval_sets", "configure", "load_run", "untrained_run"]
 
 
 class WlsupCLI(LightningCLI):
@@ -279,6 +279,28 @@ def load_run(folder: Path) -> tuple[Approach, lightning.LightningDataModule]:
     cli.model.start.remember(cli.model)
     cli.model.load_state_dict(checkpoint["state_dict"], strict=False)
     return cli.model.eval(), cli.datamodule
+
+
+def choose_eval_sets(data: lightning.LightningDataModule, names: str | None, root: str | None) -> None:
+    """Have a run's data module evaluate on other sets, or find them elsewhere.
+
+    Args:
+        data: of the run; a name means what it meant in the run, where the run had it.
+        names: separated by commas; None for the run's own sets.
+        root: the folder of the published sets; None for the run's own.
+
+    Raises:
+        WlsupError: an unknown set, or one that is not there.
+    """
+    from wlsup.data.evalsets import check_eval_sets, locate_eval_set
+
+    data.root = root or data.root
+    if names is not None:
+        described = {getattr(entry, "name", entry): entry for entry in data.eval_sets}
+        data.eval_sets = [described.get(name.strip(), name.strip()) for name in names.split(",")]
+        check_eval_sets(data.eval_sets)
+    for entry in data.eval_sets:
+        locate_eval_set(entry, data.root)
 
 
 def untrained_run(folder: Path) -> Approach:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
-from wlsup.errors import WlsupError, choose
+from wlsup.cli.recipes import holds_run
+from wlsup.errors import WlsupError
 
 __all__ = ["HELP", "run"]
 
@@ -53,8 +56,8 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     given_numbers(options, "batch_size", "workers", "draws", "resamples")
     folder = Path(options.target)
-    is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
-    spec = _spec(options)  # before torch is loaded for nothing
+    is_run = holds_run(folder)
+    spec = _spec(options)
     log_to_terminal(quiet=options.json)
     results = _evaluate_run(folder, spec, options) if is_run else _evaluate_weights(spec, options)
     if options.json:
@@ -73,8 +76,6 @@ def _spec(options: argparse.Namespace) -> Any:
     from wlsup.evaluation.zero_shot import read_prompts
 
     chosen = METRICS if options.metrics is None else tuple(name.strip() for name in options.metrics.split(","))
-    for name in chosen:
-        choose("metric", name, METRICS)
     try:
         shots = tuple(int(number) for number in options.shots.split(","))
     except ValueError:
@@ -86,21 +87,17 @@ def _spec(options: argparse.Namespace) -> Any:
 
 def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> dict[str, Any]:
     from wlsup.callbacks.evaluation import save_examples, score_retrieval, score_zero_shot
-    from wlsup.cli.configuration import load_run, untrained_run
-    from wlsup.data.evalsets import check_eval_sets, locate_eval_set
+    from wlsup.cli.configuration import choose_eval_sets, load_run, untrained_run
     from wlsup.evaluation.judgement import compare, protocols
     from wlsup.evaluation.zero_shot import read_prompts
     from wlsup.files import write_json
 
     module, data = load_run(folder)
-    data.root = options.root or data.root
-    if options.sets is not None:  # a name means what it meant in the run, where the run had it
-        described = {getattr(entry, "name", entry): entry for entry in data.eval_sets}
-        data.eval_sets = [described.get(name.strip(), name.strip()) for name in options.sets.split(",")]
-        check_eval_sets(data.eval_sets)
-    for entry in data.eval_sets:
-        locate_eval_set(entry, data.root)
+    choose_eval_sets(data, options.sets, options.root)
     data.image_spec = module.image_spec
+    data.cache_features = False  # the held-out pairs are embedded whole
+    if "retrieval" in spec:
+        data.setup()  # captions that are not here are missed now, not after hours
     eval_sets = data.eval_datasets()
     pretrained = untrained_run(folder)
     before = {one.name: _judge(pretrained, one, spec, options) for one in eval_sets}
@@ -114,18 +111,23 @@ def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> dict[
             if (found := score_zero_shot(module, one, prompts, batch_size=options.batch_size)) is not None:
                 sets[one.name]["zero_shot"] = found
         if "classes" in spec:
-            save_examples(folder, one, sets[one.name]["classes"], before[one.name], after, module.image_spec)
-    # Their names stand for what was measured: an approach without a shared space has no such figures.
-    measured = [name for name in spec.metrics if name != "zero_shot" or any(name in entry for entry in sets.values())]
+            with _writing(folder):
+                save_examples(folder, one, sets[one.name]["classes"], before[one.name], after, module.image_spec)
     results: dict[str, Any] = {"sets": sets}
-    if "retrieval" in spec:
-        if (found := score_retrieval(module, data.val_dataloader())) is not None:
-            results["retrieval"] = found
-        else:
-            measured.remove("retrieval")
-    results = {"protocol": protocols(replace(spec, metrics=tuple(measured)), sets), **results}
-    write_json(folder / "evaluation.json", results)
+    if "retrieval" in spec and (found := score_retrieval(module, data.val_dataloader())) is not None:
+        results["retrieval"] = found
+    results = {"protocol": protocols(spec, sets, "retrieval" in results), **results}
+    with _writing(folder):
+        write_json(folder / "evaluation.json", results)
     return results
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WlsupError(f"Cannot write into {folder}: {error.strerror}. Copy the run to where it can be.") from error
 
 
 def _evaluate_weights(spec: Any, options: argparse.Namespace) -> dict[str, Any]:

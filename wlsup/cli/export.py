@@ -221,12 +221,12 @@ def _write_encoder(module: Approach, place: Path) -> tuple[str, str, float]:
     from wlsup.models.export import TOLERANCE, difference_of, write_program, write_timm
 
     plain = plain_encoder(module)
-    if plain is not None and difference_of(module.encoder, plain.features) <= TOLERANCE:
+    if plain is not None and (apart := difference_of(module.encoder, plain.features)) <= TOLERANCE:
         difference = write_timm(plain, place)
         if difference is not None:
             folded = bool(encoder_adapters(module)) or hasattr(module, "merged")
             what = "a plain ViT for timm" + (", the adapter folded into its weights" if folded else "")
-            return "timm", what, max(difference, difference_of(module.encoder, plain.features))
+            return "timm", what, max(difference, apart)
         return "program", "a torch.export program", write_program(plain, [], place)
     adapters = encoder_adapters(module)
     what = f"a torch.export program with its {module.name} modules at work, which no plain ViT can hold"

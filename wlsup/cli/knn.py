@@ -10,6 +10,7 @@ from typing import Any
 from wlsup.cli.export import ADAPTER_CONFIG, load_adapter
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
+from wlsup.cli.recipes import holds_run
 from wlsup.errors import WlsupError
 
 __all__ = ["HELP", "run"]
@@ -90,16 +91,15 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from wlsup.callbacks.knn import evaluate_knn
-    from wlsup.cli.configuration import load_run
+    from wlsup.cli.configuration import choose_eval_sets, load_run
     from wlsup.data.datamodule import CaptionDataModule
-    from wlsup.data.evalsets import check_eval_sets, locate_eval_set
     from wlsup.evaluation.statistics import wilson
     from wlsup.models.vision import VisionSpec, build_vision
 
     folder = Path(options.target)
     names = None if options.sets is None else [name.strip() for name in options.sets.split(",")]
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    is_run = is_adapter or ((folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir())
+    is_run = is_adapter or holds_run(folder)
     data = CaptionDataModule(eval_sets=None if is_run else names, root=options.root)
     if not is_run:
         data.check_files()  # before an encoder is loaded for nothing
@@ -108,13 +108,7 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
             raise WlsupError("--random and --pixels compare an encoder, not a run: give the encoder's weights.")
         module, data = load_adapter(folder) if is_adapter else load_run(folder)
         spec = module.image_spec
-        data.root = options.root or data.root
-        if names is not None:  # a name means what it meant in the run, where the run had it
-            described = {getattr(entry, "name", entry): entry for entry in data.eval_sets}
-            data.eval_sets = [described.get(name, name) for name in names]
-            check_eval_sets(data.eval_sets)
-        for entry in data.eval_sets:
-            locate_eval_set(entry, data.root)
+        choose_eval_sets(data, options.sets, options.root)
     else:
         module = build_vision(VisionSpec(weights=options.target, pretrained=not options.random))
         spec = module.image_spec

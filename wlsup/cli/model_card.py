@@ -127,7 +127,7 @@ def _scores(results: Mapping[str, Any], curve: Mapping[str, Any], alpha: float) 
         if entry["ci95"][1] < 0
     ]
     identity = {name: results[name] for name in ("approach", "preset", "seed") if name in results}
-    table = f"{knn_markdown({**identity, 'knn': entries})}\n\nProtocol: {protocol}."
+    table = knn_markdown({**identity, "knn": entries, "protocol": protocol})
     if lost:
         return table, f"* It is worse than its base model on {', '.join(lost)}."
     return table, "* On none of these sets does the interval say that it is worse than its base model."
@@ -142,6 +142,7 @@ def _at(curve: Mapping[str, Any], alpha: float) -> dict[str, Any]:
         name: {
             "domain": entry["domain"],
             "k": entry["k"],
+            "test": entry["test"],
             "pretrained": entry["accuracy"][0],
             "finetuned": entry["accuracy"][position],
             "delta": entry["delta"][position],

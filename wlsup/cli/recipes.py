@@ -10,7 +10,12 @@ import yaml
 from wlsup.approaches import APPROACHES
 from wlsup.errors import WlsupError, choose
 
-__all__ = ["approach_named_in"]
+__all__ = ["approach_named_in", "holds_run"]
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder is a run's, with weights: it has a configuration and checkpoints."""
+    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 
 def approach_named_in(arguments: list[str]) -> str:

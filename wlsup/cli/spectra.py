@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser
+from wlsup.cli.recipes import holds_run
 from wlsup.errors import WlsupError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ norm, distance to the same matrix shuffled. A layer without a power law is said 
                                 and all that train
   --min-evals N                 eigenvalues that a fit needs (50)
   --max-distance D              a fit of larger Kolmogorov-Smirnov distance is no power law (0.1)
-  --no-randomize                without the distance to shuffled matrices: a third of the time
+  --no-randomize                without the distance to shuffled matrices, which take most of the time
   --spikes                      also count eigenvalues beyond the Marchenko-Pastur bulk: seconds a layer
   --random                      also random matrices of the same shapes, to see what no learning looks like
   --fused                       q, k, v of one weight as one matrix, as weightwatcher itself takes them
@@ -76,7 +77,7 @@ def run(arguments: list[str]) -> int:
         seed=options.seed,
     )
     folder = Path(options.target)
-    is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+    is_run = holds_run(folder)
     if not is_run and any((folder / name).is_file() for name in ("config.yaml", "results.json")):
         raise WlsupError(
             f"{folder} is a run that keeps no weights: it lacks config.yaml or checkpoints/last.ckpt. Give a finished "
@@ -117,20 +118,16 @@ class _Analysis:
 def _of_run(folder: Path, options: argparse.Namespace, spec: SpectraSpec) -> _Analysis:
     import torch
 
-    from wlsup.approaches import approach_class
     from wlsup.callbacks.spectra import chosen_views, had_before
-    from wlsup.cli.configuration import build_model, load_run
-    from wlsup.cli.recipes import approach_named_in
+    from wlsup.cli.configuration import load_run, untrained_run
     from wlsup.evaluation.spectra import protocol
     from wlsup.evaluation.spectra_files import earlier_along
     from wlsup.evaluation.weight_views import weight_views
 
-    arguments = ["-c", str(folder / "config.yaml")]
     model, _ = load_run(folder)
     views, left_out = chosen_views(model, options.layers, fused=options.fused)
     analysis = _Analysis(model.name, f"{model.name}, {folder}", views, left_out)
-    fresh = build_model(approach_class(approach_named_in(arguments)), arguments, "spectra")
-    pretrained = {view.name: view for view in weight_views(fresh, fused=options.fused)[0]}
+    pretrained = {view.name: view for view in weight_views(untrained_run(folder), fused=options.fused)[0]}
     before = [pretrained[view.name] for view in had_before(model, views)]
     analysis.columns["before"] = _analyse(before, spec, "spectra before training")
     # what did not train is what it was

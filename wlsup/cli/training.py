@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wlsup.callbacks.checkpoints import STOPPED, StoppedEarly
 from wlsup.checkpoint_file import LAST, newest_checkpoint, read_checkpoint
@@ -26,16 +26,11 @@ RUN_DIR = "WLSUP_RUN_DIR"
 logger = logging.getLogger("wlsup")
 
 
-class Resumption:
-    """Where a run goes on from.
+class Resumption(NamedTuple):
+    """Where a run goes on from: the checkpoint, and the optimizer steps that it holds; None and None for a start."""
 
-    Args:
-        path: of the checkpoint; None for a start.
-        step: optimizer steps that it holds; None for a start.
-    """
-
-    def __init__(self, path: Path | None = None, step: int | None = None) -> None:
-        self.path, self.step = path, step
+    path: Path | None = None
+    step: int | None = None
 
 
 def resumption(resume: str | None, run_dir: Path) -> Resumption:
@@ -53,7 +48,7 @@ def resumption(resume: str | None, run_dir: Path) -> Resumption:
             )
         return Resumption()
     if resume == "auto":
-        path, passed_over = newest_checkpoint(folder)
+        path, checkpoint, passed_over = newest_checkpoint(folder)
         for sentence in passed_over:
             logger.warning("%s", sentence)
         if path is None:
@@ -61,7 +56,8 @@ def resumption(resume: str | None, run_dir: Path) -> Resumption:
         logger.info("going on from %s", path)
     else:
         path = Path(resume)
-    return Resumption(path, int(read_checkpoint(path).get("global_step", 0)))
+        checkpoint = read_checkpoint(path)
+    return Resumption(path, int(checkpoint.get("global_step", 0)))
 
 
 def train(cli: WlsupCLI) -> int:
@@ -80,12 +76,10 @@ def train(cli: WlsupCLI) -> int:
         return 0
     before = os.environ.get(RUN_DIR)
     os.environ[RUN_DIR] = str(folder)  # the processes that fit() starts inherit it; the next run does not
-    # Lightning before 2.6 has no such argument; the checkpoint has then been read safely once, above
-    safely = {"weights_only": True} if "weights_only" in signature(cli.trainer.fit).parameters else {}
     path = cli.resumption.path
     try:
-        with _alone(folder) if first else nullcontext(), log_to_file(folder / "run.log") if first else nullcontext():
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=None if path is None else str(path), **safely)
+        with _held(folder) if first else nullcontext(), log_to_file(folder / "run.log") if first else nullcontext():
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=None if path is None else str(path), weights_only=True)
     except StoppedEarly as stopped:
         if first:
             logger.warning("%s; go on with --run_dir %s --resume auto", stopped, folder)
@@ -95,6 +89,8 @@ def train(cli: WlsupCLI) -> int:
             _forget_unbegun(folder)
         raise
     except OSError as error:
+        if not _is_of(folder, error):
+            raise
         raise WlsupError(
             f"The run's folder {folder} can no longer be written ({error.strerror or error}); what is in it stays. "
             "Mend that, and go on with --resume auto."
@@ -104,8 +100,16 @@ def train(cli: WlsupCLI) -> int:
     return 0
 
 
+def _is_of(folder: Path, error: OSError) -> bool:
+    """Whether an error is about the run's folder: it names a file there, or nothing can be written there any more."""
+    if isinstance(error.filename, str | bytes):
+        return Path(os.fsdecode(error.filename)).absolute().is_relative_to(folder.absolute())
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)
+    return full or not (folder.is_dir() and os.access(folder, os.W_OK))
+
+
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _held(folder: Path) -> Iterator[None]:
     """Hold the run's folder, so that a second run does not write into it; a killed run holds nothing.
 
     Raises:

@@ -96,20 +96,14 @@ def _curve(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], s
     import torch
 
     from wlsup.callbacks.wise_ft import curve_of_run, refuse_untouched, write_curve
-    from wlsup.cli.configuration import load_run
-    from wlsup.data.evalsets import check_eval_sets, locate_eval_set
+    from wlsup.cli.configuration import choose_eval_sets, load_run
 
     module, data = load_run(folder)
     refuse_untouched(module)
-    data.root, data.image_spec = options.root or data.root, module.image_spec
-    if options.sets is not None:  # a name means what it meant in the run, where the run had it
-        described = {getattr(entry, "name", entry): entry for entry in data.eval_sets}
-        data.eval_sets = [described.get(name.strip(), name.strip()) for name in options.sets.split(",")]
-        check_eval_sets(data.eval_sets)
+    data.image_spec = module.image_spec
+    choose_eval_sets(data, options.sets, options.root)
     if not data.eval_sets:
         raise WlsupError(f"The run {folder} has no eval_sets to score. Name some with --sets, such as mini_shapes.")
-    for entry in data.eval_sets:
-        locate_eval_set(entry, data.root)
     start = module.start.tensors
     state = module.state_dict()
     end = {name: state[name].detach().clone() for name in start}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from wlsup.errors import WlsupError
 from wlsup.evaluation.statistics import exact_sign_test, holm, paired_bootstrap, wilson
 
-__all__ = ["PROTOCOL", "class_changes", "examples"]
+__all__ = ["file_name", "PROTOCOL", "class_changes", "examples"]
 
 PROTOCOL = "classes:v1 accuracy by class; paired bootstrap; exact McNemar test, Holm over classes at 0.05"
 """The id kept beside per-class numbers."""
@@ -101,3 +102,8 @@ def examples(
             found = (changed & (labels == row["label"])).nonzero().squeeze(1)[:pictures]
             chosen.append((kind, rank, row["class"], torch.atleast_1d(found).tolist()))
     return chosen
+
+
+def file_name(name: str) -> str:
+    """Return a set's or a class's name as one that every file system takes."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "_"

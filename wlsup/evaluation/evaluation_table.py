@@ -10,7 +10,6 @@ from rich.console import Console
 __all__ = ["evaluation_markdown", "evaluation_text", "print_evaluation"]
 
 _HEADERS = ("set", "domain", "measured", "pretrained", "fine-tuned", "change", "")
-_LOWER_IS_BETTER = ("ece", "adaptive", "classwise", "nll", "brier")
 _CALIBRATION = {
     "ece": "ECE, %",
     "adaptive": "adaptive ECE, %",

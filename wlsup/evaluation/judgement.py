@@ -15,7 +15,7 @@ from torch import Tensor
 from wlsup.errors import WlsupError, choose
 from wlsup.evaluation import calibration, classes, drift, few_shot, probe, retrieval, zero_shot
 from wlsup.evaluation.features import Features
-from wlsup.evaluation.knn import KNNResult, knn_probabilities, protocol_id
+from wlsup.evaluation.knn import KNNResult, knn_probabilities, protocol_of
 from wlsup.evaluation.statistics import Interval, crossed_interval, paired_bootstrap, wilson
 
 __all__ = ["METRICS", "Judgement", "MetricSpec", "compare", "judge", "protocols"]
@@ -81,6 +81,7 @@ class Judgement:
         strength: C of the probe.
         shots: {classifier: {k: (R, m) bool}}, draw by draw; of few_shot.
         sample: (s, D) fp16 features of bank pictures, the same ones for every encoder; of drift.
+        sampled: (s,) int64 their positions in the bank.
     """
 
     labels: Tensor
@@ -94,6 +95,7 @@ class Judgement:
     strength: float | None = None
     shots: dict[str, dict[int, Tensor]] | None = None
     sample: Tensor | None = None
+    sampled: Tensor | None = None
 
     def state(self) -> dict[str, Any]:
         """Return it as plain tensors and values, for a checkpoint."""
@@ -143,7 +145,7 @@ def judge(
         found.votes = knn_probabilities(bank, queries, num_classes=num_classes, k=knn.k, temperature=knn.temperature)
     if "drift" in spec:
         order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
-        found.sample = bank.features[order].half()
+        found.sample, found.sampled = bank.features[order].half(), bank.indices[order]
     return found
 
 
@@ -160,7 +162,7 @@ def compare(
         domain: "in" or "out".
 
     Raises:
-        WlsupError: if the two did not see the same queries.
+        WlsupError: if the two did not see the same queries, or for drift the same bank.
     """
     if after is not None and not (
         torch.equal(before.indices, after.indices) and torch.equal(before.labels, after.labels)
@@ -182,6 +184,8 @@ def compare(
             sides["probe"] = [one.probabilities for one in (before, after) if one is not None]
         entry["calibration"] = {name: _calibration(found, before.labels, spec) for name, found in sides.items()}
     if "drift" in spec and after is not None:
+        if not torch.equal(before.sampled, after.sampled):
+            raise WlsupError("Drift would compare different pictures: has the bank changed since?")
         entry["drift"] = _drift(before.sample, after.sample)
     if "classes" in spec:
         second = before.correct if after is None else after.correct
@@ -191,10 +195,19 @@ def compare(
     return entry
 
 
-def protocols(spec: MetricSpec, sets: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Return the id of each metric that was measured, k-NN's with its k and temperature among them."""
-    ids = {protocol_id(entry["knn"]["k"], entry["knn"]["temperature"]) for entry in sets.values()}
-    return {"knn": "; ".join(sorted(ids)), **{name: _PROTOCOLS[name] for name in spec.metrics}}
+def protocols(spec: MetricSpec, sets: dict[str, dict[str, Any]], retrieval: bool = False) -> dict[str, str]:
+    """Return the id of each metric that was measured, k-NN's with its k and temperature among them.
+
+    Args:
+        spec: what was asked for.
+        sets: what was found; an approach without a shared space has no zero_shot.
+        retrieval: whether that was found.
+    """
+    there = {"zero_shot": any("zero_shot" in entry for entry in sets.values()), "retrieval": retrieval}
+    return {
+        "knn": protocol_of(entry["knn"] for entry in sets.values()),
+        **{name: _PROTOCOLS[name] for name in spec.metrics if there.get(name, True)},
+    }
 
 
 def _accuracies(before: Tensor, after: Tensor | None, resamples: int) -> dict[str, Any]:
@@ -218,13 +231,17 @@ def _shots(before: Any, after: Any) -> dict[str, Any]:
         for k, right in by_shots.items():
             first = crossed_interval(right.double())
             one: dict[str, Any] = {"draws": len(right)}
-            one |= {"pretrained": first.estimate, "pretrained_ci95": list(first[1:])}
+            one |= {"pretrained": first.estimate, "pretrained_ci95": _within_0_and_1(first)}
             if after is not None:
                 second = crossed_interval(after[name][k].double())
-                one |= {"finetuned": second.estimate, "finetuned_ci95": list(second[1:])}
+                one |= {"finetuned": second.estimate, "finetuned_ci95": _within_0_and_1(second)}
                 one |= _change(crossed_interval(after[name][k].double() - right.double()))
             found.setdefault(name, {})[str(k)] = one
     return found
+
+
+def _within_0_and_1(share: Interval) -> list[float]:
+    return [max(0.0, share.low), min(1.0, share.high)]
 
 
 def _calibration(sides: list[Tensor], labels: Tensor, spec: MetricSpec) -> dict[str, Any]:

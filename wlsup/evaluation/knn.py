@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from wlsup.errors import WlsupError
 from wlsup.evaluation.features import Features
 from wlsup.evaluation.neighbors import SIMILARITY_TOLERANCE, Search, nearest_neighbors
 
-__all__ = ["PROTOCOL", "KNNResult", "knn_accuracy", "knn_predict", "knn_probabilities", "protocol_id"]
+__all__ = ["PROTOCOL", "KNNResult", "knn_accuracy", "knn_predict", "knn_probabilities", "protocol_id", "protocol_of"]
 
 _VOTE_BYTES = 2**22  # of (queries, classes) votes held at once
 
@@ -24,6 +24,11 @@ def protocol_id(k: int = 20, temperature: float = 0.07) -> str:
 
 
 PROTOCOL = protocol_id()
+
+
+def protocol_of(entries: Iterable[Mapping[str, Any]]) -> str:
+    """Return the ids of what was computed: of the k and temperature of each set's entry, one id where all agree."""
+    return "; ".join(sorted({protocol_id(entry["k"], entry["temperature"]) for entry in entries})) or PROTOCOL
 
 
 @dataclass

@@ -47,9 +47,7 @@ def write_spectra(
             _draw(folder, report, columns, title, progress)
         write_json(folder / "spectra.json", report)
     except OSError as error:
-        raise WlsupError(
-            f"Cannot write spectra to {folder}: {error.strerror}. Give another folder by --out."
-        ) from error
+        raise WlsupError(f"Cannot write spectra to {folder}: {error.strerror}. Give another folder.") from error
 
 
 def earlier_along(folder: Path, protocol: str) -> list[dict[str, Any]]:

@@ -185,20 +185,17 @@ class _Walk:
         rows, columns = shape
         last = [part for part in name.removesuffix(".update").split(".") if not part.isdigit()][-1:]
         parts = () if self.fused else _FUSED.get(last[0] if last else "", ())
-        if last and last[0] in _INTERLEAVED and not self.fused:
-            head = self._head_size(name.removesuffix(".update"), rows)
-            if head:
-                for place, part in enumerate(("q", "k", "v")):
-                    piece = _interleaved(matrix, head, place)
-                    yield self._view(f"{name}.{part}", piece, (rows // 3, columns), sources, rank)
-                return
+        interleaved = last and last[0] in _INTERLEAVED and not self.fused
+        if interleaved and (head := self._head_size(name.removesuffix(".update"), rows)):
+            pieces = {part: _interleaved(matrix, head, place) for place, part in enumerate(("q", "k", "v"))}
         # with fewer keys than queries the three are not of one size
-        if not parts or rows % len(parts) or (len(parts) == 3 and last[0] != "qkv" and rows != 3 * columns):
+        elif not parts or rows % len(parts) or (len(parts) == 3 and last[0] != "qkv" and rows != 3 * columns):
             yield self._view(name, matrix, (rows, columns), sources, rank)
             return
-        for place, part in enumerate(parts):
-            piece = _chunk(matrix, len(parts), place)
-            yield self._view(f"{name}.{part}", piece, (rows // len(parts), columns), sources, rank)
+        else:
+            pieces = {part: _chunk(matrix, len(parts), place) for place, part in enumerate(parts)}
+        for part, piece in pieces.items():
+            yield self._view(f"{name}.{part}", piece, (rows // len(pieces), columns), sources, rank)
 
     def _head_size(self, name: str, rows: int) -> int:
         """Return the channels of a head of the attention that a layer belongs to, 0 where it does not say."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -156,10 +156,12 @@ def wise_ft_curve(
     module.eval()
     try:
         for eval_set in sets:
-            parts: list[dict[float, Features]] = []
-            for part in ("train", "test"):
-                with progress(f"{eval_set.name}, {part}, at {len(grid)} alphas") if progress else nullcontext() as show:
-                    along = features_along(
+
+            @contextmanager
+            def along(part: str, eval_set: EvalSet = eval_set) -> Iterator[Iterator[tuple[float, Features]]]:
+                description = f"{eval_set.name}, {part}, at {len(grid)} alphas"
+                with progress(description) if progress else nullcontext() as show:
+                    yield features_along(
                         module,
                         start,
                         end,
@@ -170,21 +172,25 @@ def wise_ft_curve(
                         num_workers=num_workers,
                         progress=show,
                     )
-                    parts.append(dict(along))
-                for reason in parts[-1][grid[0]].skipped if warn else ():
-                    warn(f"{eval_set.name}: left out {reason}")
-            banks, queries = parts
-            classes, train = len(eval_set.class_names), len(banks[grid[0]])
-            entry = {"domain": eval_set.domain, "metric": "knn", "k": min(k, train), "train": train}
-            right[eval_set.name] = _right(knn, banks, queries, classes)
-            entry |= {"test": len(queries[grid[0]]), **_scores(right[eval_set.name], resamples)}
+
+            with along("test") as found:
+                queries = dict(found)
+            scored = _Scored(eval_set, knn, ProbeScorer() if probe else None)
+            with along("train") as found:  # scored as they come: of banks no more is held than one pass makes
+                for alpha, bank in found:
+                    scored.add(bank, queries[alpha])
+            for reason in (*scored.skipped, *queries[grid[0]].skipped) if warn else ():
+                warn(f"{eval_set.name}: left out {reason}")
+            right[eval_set.name] = scored.right
+            entry = {"domain": eval_set.domain, "metric": "knn", "k": min(k, scored.train), "train": scored.train}
+            entry |= {"test": len(queries[grid[0]]), **_scores(scored.right, resamples)}
             if probe:
-                scores = _scores(_right(ProbeScorer(), banks, queries, classes), resamples)
+                scores = _scores(scored.probed, resamples)
                 entry |= {"probe": scores["accuracy"], "probe_delta": scores["delta"], "probe_ci95": scores["ci95"]}
             entries[eval_set.name] = entry
             if eval_set.domain == "in":
-                sizes, valid_right[eval_set.name] = _validate(eval_set, banks, knn)
-                validated[eval_set.name] = sizes | _scores(valid_right[eval_set.name], resamples)
+                valid_right[eval_set.name] = scored.validated
+                validated[eval_set.name] = scored.sizes | _scores(scored.validated, resamples)
     finally:
         load_tensors(module, end)
         for child, training in modes:
@@ -207,11 +213,6 @@ def wise_ft_curve(
         "held": list(held),
         "protocol": f"{protocol}; validation on {FRACTION:g} of each class of a bank",
     }
-
-
-def _right(scorer: Scorer, banks: dict[float, Features], queries: dict[float, Features], classes: int) -> list[Tensor]:
-    """Return which queries are right, (m,) bool, at each alpha."""
-    return [scorer(bank, queries[alpha], classes) for alpha, bank in banks.items()]
 
 
 def _scores(right: list[Tensor], resamples: int) -> dict[str, list]:
@@ -242,11 +243,33 @@ def _mean_scores(sets: list[list[Tensor]], resamples: int) -> dict[str, list] | 
     return means
 
 
-def _validate(eval_set: EvalSet, banks: dict[float, Features], knn: Scorer) -> tuple[dict[str, int], list[Tensor]]:
-    """Score pictures of the bank by the rest of it; return sizes, and which are right at each alpha."""
-    first = next(iter(banks.values()))
-    keys = picture_keys(eval_set.train)
-    split = validation_split(first.labels, [keys[row] for row in first.indices.tolist()])
-    rest, held_out = ({alpha: take(bank, rows) for alpha, bank in banks.items()} for rows in split)
-    sizes = {"train": len(split.bank), "validation": len(split.validation)}
-    return sizes, _right(knn, rest, held_out, len(eval_set.class_names))
+class _Scored:
+    """Which queries of one set are right, alpha by alpha; and of an in-domain set, which validation pictures.
+
+    Attributes:
+        right: (m,) bool at each alpha, by k-NN.
+        probed: likewise by the probe.
+        validated: (v,) bool at each alpha: pictures of the bank scored by the rest of it.
+        sizes: of both parts of the bank.
+    """
+
+    def __init__(self, eval_set: EvalSet, knn: Scorer, probe: Scorer | None) -> None:
+        self.eval_set, self.knn, self.probe = eval_set, knn, probe
+        self.right: list[Tensor] = []
+        self.probed: list[Tensor] = []
+        self.validated: list[Tensor] = []
+        self.sizes: dict[str, int] = {}
+        self.train, self.skipped = 0, []
+
+    def add(self, bank: Features, queries: Features) -> None:
+        """Score the next alpha."""
+        classes = len(self.eval_set.class_names)
+        self.train, self.skipped = len(bank), bank.skipped
+        self.right.append(self.knn(bank, queries, classes))
+        if self.probe is not None:
+            self.probed.append(self.probe(bank, queries, classes))
+        if self.eval_set.domain == "in":
+            keys = picture_keys(self.eval_set.train)
+            split = validation_split(bank.labels, [keys[row] for row in bank.indices.tolist()])
+            self.sizes = {"train": len(split.bank), "validation": len(split.validation)}
+            self.validated.append(self.knn(take(bank, split.bank), take(bank, split.validation), classes))

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from wlsup.errors import WlsupError
 from wlsup.moe.dispatch import choose_path, dispatch, run_batched
 from wlsup.moe.hashing import HashRouter
-from wlsup.moe.losses import balance_loss, global_sum
+from wlsup.moe.losses import balance_loss
 from wlsup.moe.router import ExpertChoiceRouter, NoisyTopKRouter, Routed, TopKRouter
 from wlsup.moe.soft import SoftRouter
 from wlsup.moe.spec import MoESpec
 from wlsup.moe.token_ids import TokenIds
+from wlsup.ranks import global_sum
 
 __all__ = ["MoE", "Routing", "auxiliary_losses", "update_biases"]
 

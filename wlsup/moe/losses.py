@@ -5,12 +5,9 @@ Shapes: T tokens, E experts.
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor
 
-from wlsup.draws import processes
-
-__all__ = ["balance_loss", "global_sum", "router_z_loss"]
+__all__ = ["balance_loss", "router_z_loss"]
 
 
 def balance_loss(fraction: Tensor, probability: Tensor) -> Tensor:
@@ -44,21 +41,3 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return squares.mean()
     return (squares * mask).sum() / mask.sum().clamp_min(1)
-
-
-def global_sum(own: Tensor, over_ranks: bool = True) -> Tensor:
-    """Sum over the ranks, the same on each; its gradient is W times the rank's own share.
-
-    DistributedDataParallel takes the mean over W ranks of the gradients, which then is the single process's. Nothing is
-    sent in the backward pass.
-
-    Args:
-        own: this rank's numbers, with a gradient.
-        over_ranks: False: this rank's only.
-    """
-    world, _ = processes()
-    if not over_ranks or world == 1:
-        return own
-    everyone = own.detach().clone()
-    dist.all_reduce(everyone)
-    return everyone + world * (own - own.detach())

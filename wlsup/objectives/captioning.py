@@ -17,7 +17,7 @@ from wlsup.errors import WlsupError, choose
 from wlsup.models.caption_decoder import CaptionDecoder
 from wlsup.models.caption_tokens import CaptionTokens
 from wlsup.models.language import LanguageModel
-from wlsup.objectives.distributed import mean_over_ranks
+from wlsup.ranks import mean_over_ranks
 
 __all__ = [
     "IGNORE",

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from wlsup.draws import processes
 from wlsup.errors import WlsupError
+from wlsup.ranks import processes
 
-__all__ = ["Ranks", "gather_with_grad", "mean_over_ranks", "meet"]
+__all__ = ["Ranks", "gather_with_grad", "meet"]
 
 # Numbered, so that ranks can tell one another which they hold.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
@@ -154,29 +154,6 @@ def meet(
             )
     granted = tuple(any(row[2 + len(agreed) + i] for row in rows) for i in range(len(wishes)))
     return Ranks(tuple(row[1] for row in rows), rank, group), granted
-
-
-def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
-    """Return the mean of what lies on all ranks, such as the loss of all labels of a batch.
-
-    Ranks hold different numbers of labels, so a mean of their means is another number. DistributedDataParallel takes
-    the mean over W ranks of the gradients, which then is the single process's: the value is global, the gradient W
-    times this rank's share of it.
-
-    Args:
-        total: () the sum on this rank, with its graph.
-        count: () how many were added up; none at all on every rank give 0.
-
-    Returns:
-        (), the same on all ranks.
-    """
-    world, _ = processes()
-    if world == 1:
-        return total / count.clamp(min=1)
-    both = torch.stack([total.detach().double(), count.double()])
-    dist.all_reduce(both)
-    share = total / both[1].clamp(min=1).to(total.dtype)
-    return (both[0] / both[1].clamp(min=1)).to(total.dtype) + world * (share - share.detach())
 
 
 class _Gather(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wlsup.errors import WlsupError
+from wlsup.ranks import processes
 from wlsup.selection.alpha import spectral_alpha
 from wlsup.selection.groups import Group
 
@@ -81,12 +82,13 @@ def gradient_scores(
 
 def _over_ranks(gradients: Sequence[Tensor | None], parameters: Mapping[str, nn.Parameter]) -> list[Tensor | None]:
     """Return the mean over ranks: the gradient of the global batch, of which each rank has a part."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    world, _ = processes()
+    if world == 1:
         return list(gradients)
     there = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters.values(), strict=True)]
     flat = torch.cat([gradient.flatten() for gradient in there])
     dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([gradient.numel() for gradient in there])
+    parts = (flat / world).split([gradient.numel() for gradient in there])
     return [part.view_as(gradient) for part, gradient in zip(parts, there, strict=True)]
 
 

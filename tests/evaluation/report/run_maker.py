@@ -141,7 +141,7 @@ def evaluation(seed: int) -> dict:
         "domain": "in",
         "probe": {"pretrained": 0.5, "finetuned": 0.55 + seed / 100, "delta": 0.05 + seed / 100, "ci95": [0.01, 0.09]},
         "calibration": {"knn": {"ece": {"value": 0.1, "ci95": [0.08, 0.12]}}},
-        "drift": {"cka": 0.93, "knn_overlap": 0.6, "k": 10},
+        "drift": {"cka": 0.93, "cka_ci95": [0.9, 0.95], "knn_overlap": 0.6, "knn_overlap_ci95": [0.5, 0.7], "k": 10},
         "classes": [
             {"class": name, "n": 50, "pretrained": 0.5, "finetuned": 0.5 + delta, "delta": delta + seed / 100,
              "ci95": [delta - 0.1, delta + 0.1], "p_holm": 0.04}

@@ -7,7 +7,7 @@ from run_maker import make_run
 from scipy import stats
 
 from wlsup.errors import WlsupError
-from wlsup.evaluation.report.groups import group_runs, wilson
+from wlsup.evaluation.report.groups import group_runs, of_share
 from wlsup.evaluation.report.runs import find_runs, read_run, read_runs
 
 
@@ -82,7 +82,7 @@ def test_an_untrained_encoder_is_unchanged_and_neither_gain_nor_loss(tmp_path):
 def test_wilsons_interval_is_scipys():
     for share, count in ((0.0, 20), (0.35, 20), (1.0, 20), (0.5, 500)):
         expected = stats.binomtest(round(share * count), count).proportion_ci(0.95, "wilson")
-        estimate = wilson(share, count, "pictures")
+        estimate = of_share(share, count, "pictures")
         assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wlsup.errors import WlsupError
+from wlsup.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,20 +25,12 @@ def save_figure(figure: Figure, path: Path, endings: Sequence[str] = ("png", "sv
 
     written = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         for ending in endings:
             dated = {"Date": None} if ending == "svg" else {}
             place = path.with_name(f"{path.name}.{ending}")
-            handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{place.name}.")
-            os.close(handle)
-            try:
-                with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "wlsup"}):
-                    figure.savefig(scratch, format=ending, dpi=200, metadata=dated)
-                os.chmod(scratch, 0o644)
-                os.replace(scratch, place)
-            except BaseException:
-                Path(scratch).unlink(missing_ok=True)
-                raise
+            style = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "wlsup"})
+            with written_whole(place) as file, style:
+                figure.savefig(file, format=ending, dpi=200, metadata=dated)
             written.append(place)
     except OSError as error:
         raise WlsupError(f"Cannot write the picture {path}.png: {error.strerror}. Give another folder.") from error

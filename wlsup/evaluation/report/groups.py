@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from wlsup.evaluation.report.runs import Run
-from wlsup.evaluation.statistics import mean_and_interval
+from wlsup.evaluation.statistics import Interval, mean_and_interval, mean_of_intervals, wilson
 
-__all__ = ["UNTOUCHED", "Basis", "Estimate", "Group", "group_runs", "over_seeds", "wilson"]
+__all__ = ["UNTOUCHED", "Basis", "Estimate", "Group", "group_runs", "of_share", "over_seeds"]
 
 Basis = Literal["seeds", "pictures", "pairs", "none"]
 Verdict = Literal["gain", "loss", "unsure", "untouched"]
@@ -105,15 +104,14 @@ class Group:
         if len(entries) == 1:
             count = entries[0].get("test")
             return (
-                wilson(entries[0]["finetuned"], count, "pictures") if count else over_seeds([entries[0]["finetuned"]])
+                of_share(entries[0]["finetuned"], count, "pictures") if count else over_seeds([entries[0]["finetuned"]])
             )
         return over_seeds([entry["finetuned"] for entry in entries])
 
     def domain_delta(self, domain: str) -> Estimate | None:
         """Return the mean change over the sets of a domain, "in" or "out", as a fraction.
 
-        Of one run the interval is that of a mean of independent sets: the root of the summed squares of their
-        half-widths, over their number.
+        Of one run the interval is made of its sets' own.
         """
         names = [name for name, of in self.sets.items() if of == domain]
         if not names:
@@ -122,11 +120,10 @@ class Group:
             return UNTOUCHED
         per_run = [[run.results["knn"][name] for name in names] for run in self.runs]
         means = [sum(entry["delta"] for entry in entries) / len(names) for entries in per_run]
-        key = "in_domain_ci95" if domain == "in" else "out_of_domain_ci95"
-        if len(means) == 1 and (told := (self.runs[0].results.get("summary") or {}).get(key)):
-            return _of_one(means[0], told)
         intervals = [entry.get("ci95") for entry in per_run[0]]
-        return over_seeds(means) if len(means) > 1 or not all(intervals) else combined(means[0], intervals)
+        if len(means) > 1 or not all(intervals):
+            return over_seeds(means)
+        return combined([entry["delta"] for entry in per_run[0]], intervals)
 
     def over_seeds(self, figure: Callable[[Run], Any]) -> Estimate | None:
         """Return a figure of each run over the seeds; None where a run lacks it."""
@@ -146,21 +143,15 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, low, high, "seeds", len(values))
 
 
-def combined(mean: float, intervals: Sequence[Sequence[float]]) -> Estimate:
-    """Return the interval of a mean of independent figures, out of theirs."""
-    half = math.sqrt(sum(((high - low) / 2) ** 2 for low, high in intervals)) / len(intervals)
-    return Estimate(mean, mean - half, mean + half, "pictures", len(intervals))
+def combined(deltas: Sequence[float], intervals: Sequence[Sequence[float]]) -> Estimate:
+    """Return the mean of independent changes with an interval made of theirs, by `mean_of_intervals`."""
+    parts = [Interval(delta, *interval) for delta, interval in zip(deltas, intervals, strict=True)]
+    return Estimate(*mean_of_intervals(parts), "pictures", len(parts))
 
 
-def wilson(share: float, count: int, basis: Basis) -> Estimate:
-    """Return a share of ``count`` independent trials with its 95 % interval.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
-    z = 1.959963984540054
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return Estimate(share, min(share, middle - half), max(share, middle + half), basis, count)
+def of_share(share: float, count: int, basis: Basis) -> Estimate:
+    """Return a share of ``count`` independent trials with Wilson's 95 % interval."""
+    return Estimate(share, *wilson(round(share * count), count)[1:], basis, count)
 
 
 def group_runs(runs: Sequence[Run], order: Sequence[str] = ()) -> list[Group]:
@@ -186,10 +177,11 @@ def group_runs(runs: Sequence[Run], order: Sequence[str] = ()) -> list[Group]:
 
 def _split(approach: str, preset: str, name: str, runs: list[Run]) -> list[Group]:
     told = [_told(run) for run in runs]
-    keys = sorted(set.intersection(*map(set, told)))
+    # a run without a configuration says little of itself: the others are told apart all the same
+    keys = sorted(set.union(*map(set, told)))
     variants: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run, options in zip(runs, told, strict=True):
-        variants[tuple(options[key] for key in keys)].append(run)
+        variants[tuple(options.get(key, "?") for key in keys)].append(run)
     differing = [place for place in range(len(keys)) if len({values[place] for values in variants}) > 1]
     groups = []
     for values, members in sorted(variants.items()):

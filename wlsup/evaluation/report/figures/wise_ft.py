@@ -27,7 +27,7 @@ def wise_ft_delta(group: Group, position: int, domain: str) -> Estimate | None:
     means = [_mean([entry["delta"][position] for entry in sets]) for sets in curves]
     if len(means) > 1:
         return over_seeds(means)
-    return combined(means[0], [entry["ci95"][position] for entry in curves[0]])
+    return combined([entry["delta"][position] for entry in curves[0]], [entry["ci95"][position] for entry in curves[0]])
 
 
 def wise_ft_chart(group: Group, others: Sequence[Group]) -> Chart | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from wlsup.evaluation.report.blocks import Cell, Charts, Listed, Section, Table, Text, change, share
 from wlsup.evaluation.report.figures.changes import changes_chart, front, scatter_chart
-from wlsup.evaluation.report.groups import Estimate, Group, over_seeds, wilson
+from wlsup.evaluation.report.groups import Estimate, Group, of_share, over_seeds
 
 __all__ = ["changes", "findings", "in_against_out", "interval_note", "set_domains", "used_protocols",
            "what_was_run"]  # fmt: skip
@@ -148,7 +148,7 @@ def _pretrained(groups: Sequence[Group], name: str) -> Cell:
     values = {entry["pretrained"] for entry in entries}
     if len(values) == 1:
         value, count = entries[0]["pretrained"], max(entry.get("test", 0) for entry in entries)
-        return share(wilson(value, count, "pictures") if count else over_seeds([value]))
+        return share(of_share(value, count, "pictures") if count else over_seeds([value]))
     return Cell(f"{100 * min(values):.1f} to {100 * max(values):.1f}", "by encoder")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from wlsup.evaluation.classes import file_name
 from wlsup.evaluation.report.blocks import Block, Cell, Section, Table, Text, change, share
-from wlsup.evaluation.report.groups import Estimate, Group, over_seeds, wilson
+from wlsup.evaluation.report.groups import Estimate, Group, of_share, over_seeds
 from wlsup.evaluation.report.pictures import Picture, class_thumbnails, shown
 
 __all__ = ["classes"]
@@ -70,7 +71,7 @@ def _rows(group: Group, name: str) -> list[dict[str, Any]]:
     many = max(map(len, found.values()), default=0)
     rows = [
         {
-            "class": key, "file": _as_file(key), "n": same[0]["n"], "rows": same,
+            "class": key, "file": file_name(key), "n": same[0]["n"], "rows": same,
             "delta": sum(row["delta"] for row in same) / len(same),
         }
         for key, same in found.items()
@@ -85,7 +86,9 @@ def _accuracy(row: Mapping[str, Any], key: str) -> Estimate:
     same = row["rows"]
     if len({one[key] for one in same}) == 1:
         interval = same[0].get(f"{key}_ci95")
-        return Estimate(same[0][key], *interval, "pictures") if interval else wilson(same[0][key], row["n"], "pictures")
+        return (
+            Estimate(same[0][key], *interval, "pictures") if interval else of_share(same[0][key], row["n"], "pictures")
+        )
     return over_seeds([one[key] for one in same])
 
 
@@ -106,14 +109,9 @@ def _holm(row: Mapping[str, Any]) -> str:
 
 def _pictures(group: Group, name: str) -> dict[tuple[str, str], tuple[Picture, ...]]:
     """Return thumbnails by ("helped" or "hurt", class as in their files' names)."""
-    run = next((run for run in group.runs if (run.folder / "classes" / name).is_dir()), None)
+    run = next((run for run in group.runs if (run.folder / "classes" / file_name(name)).is_dir()), None)
     found: dict[tuple[str, str], tuple[Picture, ...]] = {}
-    for (kind, label), files in (class_thumbnails(run.folder, name) if run else {}).items():
+    for (kind, label), files in (class_thumbnails(run.folder, file_name(name)) if run else {}).items():
         read = [shown(file.read_bytes(), f"{label} of {name}, {_WORDS[kind]}") for file in files[:_SHOWN]]
-        found[kind, _as_file(label)] = tuple(picture for picture in read if picture is not None)
+        found[kind, label] = tuple(picture for picture in read if picture is not None)
     return found
-
-
-def _as_file(name: str) -> str:
-    """Return a class's name with whatever a file's name may not hold made alike."""
-    return "".join(letter if letter.isalnum() else "_" for letter in name).lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
 from wlsup.evaluation.report.blocks import Cell, Charts, Section, Table, Text, change, figure
@@ -41,17 +42,17 @@ def wise_ft(groups: Sequence[Group]) -> Section:
         picked = ", ".join(
             f"{run.wise_ft['chosen_alpha']:g}" for run in scored if run.wise_ft.get("chosen_alpha") is not None
         )
-        last = len(scored[0].wise_ft["alphas"]) - 1
         rows.append((
             Cell(group.name), Cell(str(len(scored))), Cell(picked or "none"),
             *(change(_chosen(scored, group, domain)) for domain in ("in", "out")),
-            *(change(wise_ft_delta(group, last, domain)) for domain in ("in", "out")),
+            *(change(wise_ft_delta(group, -1, domain)) for domain in ("in", "out")),
         ))  # fmt: skip
     protocols = sorted({str(run.wise_ft.get("protocol")) for group in found for run in group.runs if run.wise_ft})
     rules = sorted({str(run.wise_ft.get("rule")) for group in found for run in group.runs if run.wise_ft})
+    counted = [replace(group, runs=tuple(run for run in group.runs if run.wise_ft)) for group in found]
     table = Table(
-        "Change against the pretrained encoder, in points, at the chosen α and at α = 1. " + interval_note(groups)
-        + f" Protocol: {'; '.join(protocols)}.",
+        "Change against the pretrained encoder, in points, at the chosen α and at α = 1. "
+        f"{interval_note(counted)} Protocol: {'; '.join(protocols)}.",
         ("approach", "seeds", "chosen α", "in, chosen α", "out, chosen α", "in, α = 1", "out, α = 1"), tuple(rows),
         note=f"How α is chosen: {'; '.join(rules)}.",
     )  # fmt: skip

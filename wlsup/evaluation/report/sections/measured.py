@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from wlsup.evaluation.report.blocks import Block, Cell, Section, Table, Text, change, figure, number, share
-from wlsup.evaluation.report.groups import Basis, Estimate, Group, over_seeds, wilson
+from wlsup.evaluation.report.groups import Basis, Estimate, Group, of_share, over_seeds
 
 __all__ = ["beyond_knn", "tasks"]
 
-_SKIPPED = ("classes", "reliability")
+_ELSEWHERE = ("knn", "classes")  # metrics that have sections of their own
 _ACCURACIES = ("knn", "probe", "few_shot", "zero_shot")  # of what more is better
 _NAMES = {
     "few_shot": "few-shot",
@@ -85,9 +85,9 @@ def _metrics(group: Group) -> dict[str, dict[str, dict[str, Estimate]]]:
         parts = {name: entry for name, entry in (evaluation.get("sets") or {}).items() if isinstance(entry, dict)}
         for name, metrics in parts.items():
             for metric, node in metrics.items():
-                if not isinstance(node, dict) or metric in _SKIPPED:
+                if not isinstance(node, dict) or metric in _ELSEWHERE:
                     continue
-                for path, value, interval in _figures(node, metric == "drift"):
+                for path, value, interval in _figures(node):
                     column = found.setdefault(metric, {}).setdefault(name, {}).setdefault(path, [])
                     column.append((value, interval))
     return {
@@ -96,37 +96,27 @@ def _metrics(group: Group) -> dict[str, dict[str, dict[str, Estimate]]]:
     }
 
 
-def _figures(
-    node: Mapping[str, Any], bare: bool, path: str = "", given: Mapping[str, Any] | None = None
-) -> Iterator[tuple[str, float, Any]]:
-    """Yield (path, value, interval or None) of a metric's figures; those without an interval only where ``bare``.
-
-    ``given`` are intervals that the metric keeps apart, under its own "ci95".
-    """
+def _figures(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float, list[float]]]:
+    """Yield (path, value, interval) of a metric's figures."""
     interval = node.get("ci95")
     for key, value in node.items():
-        if key in _SKIPPED or "ci95" in key:
-            continue
         here = f"{path} {_name(key)}".strip()
         if isinstance(value, dict):
-            apart = interval.get(key) if isinstance(interval, dict) else None
-            yield from _figures(value, bare, here, apart)
+            yield from _figures(value, here)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            own = node.get(f"{key}_ci95", (given or {}).get(key))
-            if own is None and interval is not None and key in ("delta", "value", "accuracy", "mean", "estimate"):
+            own = node.get(f"{key}_ci95")
+            if own is None and key in ("delta", "value"):
                 own = interval
-                here = here if key == "delta" else path or here
+                here = here if key == "delta" else path
             if isinstance(own, list) and len(own) == 2:
                 yield here, float(value), own
-            elif bare and key not in ("k", "n", "pictures", "chance", "groups"):
-                yield here, float(value), None
 
 
 def _estimate(values: Sequence[tuple[float, Any]]) -> Estimate:
     if len(values) > 1:
         return over_seeds([value for value, _ in values])
     value, interval = values[0]
-    return Estimate(value, *(interval or (None, None)), "pictures" if interval else "none")
+    return Estimate(value, *interval, "pictures")
 
 
 def _cell(column: str, estimate: Estimate | None, percent: bool) -> Cell:
@@ -181,7 +171,7 @@ def _retrieval(groups: Sequence[Group]) -> Table | None:
 def _recall(values: Sequence[float], interval: Any, pairs: int) -> Cell:
     if len(values) > 1:
         return share(over_seeds(values))
-    return share(Estimate(values[0], *interval, "pairs") if interval else wilson(values[0], pairs, "pairs"))
+    return share(Estimate(values[0], *interval, "pairs") if interval else of_share(values[0], pairs, "pairs"))
 
 
 def _captioning(groups: Sequence[Group]) -> Table | None:
