@@ -1,6 +1,6 @@
 """What a training step of each approach costs: pictures a second, and the memory its activations take at the peak.
 
-Run:  python benchmarks/approaches.py [--json] [--quick] [--only NAME ...]
+Run:  python benchmarks/approaches.py [--json] [--quick] [--only NAME ...] [--precision bf16] [--encoder B]
 
 ViT-S/16 at 224 with fresh weights (a step costs the same whatever they are), fp32, on one thread or the first GPU. Each
 approach runs in a fresh process: one step to warm up, then --steps, each forward, backward and AdamW. Where an approach
@@ -33,11 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from wlsup.approaches import APPROACHES, approach_class
 from wlsup.batch import CaptionBatch
 from wlsup.data.datamodule import CaptionDataModule
+from wlsup.models.prefix import PrefixSpec
 from wlsup.models.vision import VisionSpec
 from wlsup.optim import build_optimizer
 
 SIZE = 224
-ARCHITECTURE = f"vit(img_size={SIZE},patch_size=16,embed_dim=384,depth=12,num_heads=6)"
+ENCODERS = {"S": (384, 6), "B": (768, 12)}  # width, heads
+PRECISIONS = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}  # autocast's
 CAPTIONS = ("a red square left of a blue circle", "two green stars on sand", "a small ring above the water")
 PEER = "peft LoRA on timm"
 CHECKPOINTED = {"gradient_checkpointing": True}
@@ -82,25 +84,31 @@ class PeakMemory:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def settings_for(name: str) -> dict[str, Any]:
+def settings_for(name: str, encoder: str) -> dict[str, Any]:
     """The benchmark's encoder, and the contrastive branch alone where there is a choice."""
     parameters = inspect.signature(approach_class(name).__init__).parameters
-    settings: dict[str, Any] = {"encoder": VisionSpec(architecture=ARCHITECTURE, pretrained=False)}
+    width, heads = ENCODERS[encoder]
+    architecture = f"vit(img_size={SIZE},patch_size=16,embed_dim={width},depth=12,num_heads={heads})"
+    settings: dict[str, Any] = {"encoder": VisionSpec(architecture=architecture, pretrained=False)}
     objective = parameters.get("objective")
     if objective is not None and hasattr(objective.default, "reconstruction_weight"):
         settings["objective"] = replace(objective.default, reconstruction_weight=0.0)
     if "probe_pictures" in parameters:
         settings["probe_pictures"] = 50  # of the frozen classifier's head, which is not what is timed
+    if "prefix" in parameters:
+        settings["prefix"] = PrefixSpec(pool=2)  # 49 positions: 196 and a caption are more than the mini model has
     if "train_decoder" in parameters:
         settings["train_decoder"] = False  # it would not be used
     return settings
 
 
-def approach_steps(name: str, batch: int, device: torch.device) -> tuple[Callable[[], torch.Tensor], Any, dict]:
+def approach_steps(
+    name: str, batch: int, device: torch.device, encoder: str
+) -> tuple[Callable[[], torch.Tensor], Any, dict]:
     """Return a function that computes the loss, the optimizer, and counts of parameters."""
-    base, more, encoder = VARIANTS.get(name, (name.removesuffix(", cached"), {}, {}))
-    settings = settings_for(base)
-    settings["encoder"] = replace(settings["encoder"], **encoder)
+    base, more, options = VARIANTS.get(name, (name.removesuffix(", cached"), {}, {}))
+    settings = settings_for(base, encoder)
+    settings["encoder"] = replace(settings["encoder"], **options)
     approach = approach_class(base)(**settings, **more)
     approach.setup("fit")
     approach.to(device)
@@ -120,15 +128,16 @@ def approach_steps(name: str, batch: int, device: torch.device) -> tuple[Callabl
     return lambda: approach.losses(pairs)["loss"], optimizer, plan
 
 
-def peer_steps(batch: int, device: torch.device) -> tuple[Callable[[], torch.Tensor], Any, dict]:
+def peer_steps(batch: int, device: torch.device, encoder: str) -> tuple[Callable[[], torch.Tensor], Any, dict]:
     """Set up peft's own LoRA on a timm model, as its documentation does, with a contrastive loss on the feature."""
     import peft
     import timm
 
-    vit = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0)
+    model_name = {"S": "vit_small_patch16_224", "B": "vit_base_patch16_224"}[encoder]
+    vit = timm.create_model(model_name, pretrained=False, num_classes=0)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=r"blocks\..*\.(qkv|proj|fc1|fc2)")
     model = peft.get_peft_model(vit, config).to(device).train()
-    head = torch.nn.Linear(384, 128, bias=False).to(device)
+    head = torch.nn.Linear(vit.num_features, 128, bias=False).to(device)
     trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     images = torch.randn(batch, 3, SIZE, SIZE, device=device)
@@ -142,20 +151,29 @@ def peer_steps(batch: int, device: torch.device) -> tuple[Callable[[], torch.Ten
     return loss, optimizer, counts
 
 
-def measure(name: str, batch: int, steps: int) -> dict[str, Any]:
+def measure(name: str, batch: int, steps: int, encoder: str = "S", precision: str = "32") -> dict[str, Any]:
     """Time and weigh one approach in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loss_of, optimizer, counts = peer_steps(batch, device) if name == PEER else approach_steps(name, batch, device)
+    if name == PEER:
+        loss_of, optimizer, counts = peer_steps(batch, device, encoder)
+    else:
+        loss_of, optimizer, counts = approach_steps(name, batch, device, encoder)
+    dtype = PRECISIONS[precision]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     memory, peaks, times = PeakMemory(device), [], []
     for _ in range(1 + steps):
         optimizer.zero_grad(set_to_none=True)
         begin = time.process_time() if device.type == "cpu" else time.perf_counter()
         memory.start()
-        loss_of().backward()
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = loss_of()
+        scaler.scale(loss).backward()
         peaks.append(memory.stop())
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
+        del loss
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append((time.process_time() if device.type == "cpu" else time.perf_counter()) - begin)
@@ -168,10 +186,11 @@ def measure(name: str, batch: int, steps: int) -> dict[str, Any]:
     }
 
 
-def run_apart(name: str, batch: int, steps: int) -> dict[str, Any]:
+def run_apart(name: str, batch: int, steps: int, encoder: str, precision: str) -> dict[str, Any]:
     """Measure one approach in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--one", name, "--batch", str(batch), "--steps", str(steps)]
+    command += ["--encoder", encoder, "--precision", precision]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         return {"name": name, "error": (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]}
@@ -186,11 +205,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows, beside full")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step (default: 16)")
     parser.add_argument("--steps", type=int, help="timed steps a row (default: 3; 1 with --quick)")
+    parser.add_argument("--encoder", choices=ENCODERS, default="S", help="ViT-S/16 (default) or ViT-B/16")
+    parser.add_argument("--precision", choices=PRECISIONS, default="32", help="of autocast (default: 32, none)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     steps = options.steps or (1 if options.quick else 3)
     if options.one:
-        print(json.dumps(measure(options.one, options.batch, steps)))
+        print(json.dumps(measure(options.one, options.batch, steps, options.encoder, options.precision)))
         return 0
     every = ["full", PEER, *(name for name in APPROACHES if name != "full"), *VARIANTS, CACHED]
     asked = options.only or (QUICK if options.quick else every)
@@ -199,7 +220,7 @@ def main() -> int:
         parser.error(f"unknown row {unknown[0]!r}; there are: {', '.join(every)}")
     rows = []
     for name in dict.fromkeys(["full", *asked]):
-        rows.append(run_apart(name, options.batch, steps))
+        rows.append(run_apart(name, options.batch, steps, options.encoder, options.precision))
         print(f"measured {name}", file=sys.stderr, flush=True)
     full = rows[0]
     for row in rows:
@@ -215,11 +236,13 @@ def main() -> int:
         row["time_of_lit"] = by_name["lit"]["pictures_per_second"] / row["pictures_per_second"]
         row["met"] = row["time_of_lit"] <= CACHED_BAR
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU, 1 thread"
-    report = {"batch": options.batch, "steps": steps, "torch": torch.__version__, "device": device, "rows": rows}
+    report = {"encoder": options.encoder, "precision": options.precision, "batch": options.batch, "steps": steps,
+              "torch": torch.__version__, "device": device, "rows": rows}  # fmt: skip
     if options.json:
         print(json.dumps(report, indent=2))
     else:
-        print(f"ViT-S/16 at {SIZE}, batch {options.batch}, fp32, torch {torch.__version__}, {device}\n")
+        what = f"ViT-{options.encoder}/16 at {SIZE}, batch {options.batch}, precision {options.precision}"
+        print(f"{what}, torch {torch.__version__}, {device}\n")
         print(f"{'':26} {'pictures/s':>10} {'of full':>8} {'peak MiB':>9} {'of full':>8} {'bar':>6} {'trained':>11}")
         for row in rows:
             if "memory_of_full" not in row:

@@ -123,7 +123,7 @@ def dispatch(x: Tensor, assignment: Assignment, experts: Sequence[nn.Module], pa
 
 def run_batched(slots: Tensor, experts: Sequence[nn.Module]) -> Tensor:
     """Run each expert on its own slots, (E, N, D) -> (E, N, D); MLPs together, others one after another."""
-    parts = stack(experts)
+    parts = stack(experts, _computed_in(slots))
     if parts is None:
         return torch.stack([expert(own) for expert, own in zip(experts, slots, strict=True)])
     return _mlp(slots, parts, lambda rows, weight: rows @ weight.transpose(1, 2), lambda bias: bias[:, None])
@@ -144,7 +144,8 @@ def _loop(x: Tensor, assignment: Assignment, experts: Sequence[nn.Module]) -> Te
 
 def _grouped(rows: Tensor, ranked: Tensor, counts: Tensor, experts: Sequence[nn.Module]) -> Tensor:
     """Rows in the order of their experts -> outputs, without the CPU waiting for the GPU."""
-    parts = stack(experts)
+    cast = _computed_in(rows, next(experts[0].parameters()).dtype)
+    parts = stack(experts, cast)
     if parts is None or not hasattr(F, "grouped_mm"):
         raise WlsupError(
             "moe.dispatch: grouped needs experts that are MLPs (MLPExpert, or timm's and transformers' own) without "
@@ -155,16 +156,13 @@ def _grouped(rows: Tensor, ranked: Tensor, counts: Tensor, experts: Sequence[nn.
     owner = ranked.clamp_max(len(experts) - 1)
     ends = counts.cumsum(0).to(torch.int32)
     ends[-1] = len(rows)
-    device = rows.device.type
-    if torch.is_autocast_enabled(device):  # which does not know the grouped product
-        cast = torch.get_autocast_dtype(device)
-    else:
-        cast = parts.up.dtype
+    # A bias by a product, not by indexing: the gradient of that is summed row by row, an expert after the other.
+    whose = F.one_hot(owner, len(experts)).to(cast)
     outputs = _mlp(
         rows.to(cast),
         parts,
-        lambda rows, weight: F.grouped_mm(rows, weight.to(cast).transpose(1, 2), offs=ends),
-        lambda bias: bias.to(cast)[owner],
+        lambda rows, weight: F.grouped_mm(rows, weight.transpose(1, 2), offs=ends),
+        lambda bias: whose @ bias,
     )
     return outputs.masked_fill((ranked == len(experts))[:, None], 0)
 
@@ -182,6 +180,14 @@ def _batched(rows: Tensor, ranked: Tensor, counts: Tensor, experts: Sequence[nn.
     outputs = run_batched(padded[:-1].view(len(experts), length, -1), experts).flatten(0, 1)
     outputs = torch.cat([outputs, outputs.new_zeros(1, outputs.shape[1])])
     return outputs.index_select(0, place)
+
+
+def _computed_in(rows: Tensor, otherwise: torch.dtype | None = None) -> torch.dtype:
+    """Return autocast's dtype where it is on (it does not know the grouped product); else the one given, or rows'."""
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return rows.dtype if otherwise is None else otherwise
 
 
 def _mlp(rows: Tensor, parts: MLPParts, product, spread) -> Tensor:  # noqa: ANN001

@@ -126,15 +126,18 @@ def parts_of(expert: nn.Module) -> MLPParts | None:
     )
 
 
-def stack(experts: Sequence[nn.Module]) -> MLPParts | None:
-    """Return E experts' tensors one on another, copies that carry gradients back; None where one is no known MLP."""
+def stack(experts: Sequence[nn.Module], dtype: torch.dtype) -> MLPParts | None:
+    """Return E experts' tensors one on another, copies that carry gradients back; None where one is no known MLP.
+
+    They are cast to ``dtype`` one by one before: what is written, and held until the backward pass, is in ``dtype``.
+    """
     parts = [parts_of(expert) for expert in experts]
     if any(part is None for part in parts):
         return None
 
     def all_of(name: str) -> Tensor | None:
         tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.stack(tensors)
+        return None if tensors[0] is None else torch.stack([tensor.to(dtype) for tensor in tensors])
 
     names = ("up", "down", "up_bias", "down_bias", "gate", "gate_bias")
     return MLPParts(*(all_of(name) for name in names), parts[0].activation)
