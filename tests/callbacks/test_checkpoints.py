@@ -2,14 +2,17 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import lightning
 import pytest
 import torch
 
+import wlsup.callbacks.checkpoints as module
 from wlsup.callbacks.checkpoints import STOPPED_FILE, CheckpointFiles, Checkpoints, StoppedEarly, parse_time_limit
-from wlsup.checkpoint_file import read_checkpoint
+from wlsup.checkpoint_file import read_checkpoint, save_checkpoint_file
 from wlsup.data.loader import make_loader
 from wlsup.data.sampler import EpochSampler
 from wlsup.errors import WlsupError
@@ -53,14 +56,21 @@ class Model(lightning.LightningModule):
             "scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 12), "interval": "step"}}  # fmt: skip
 
 
-def fit(folder, model, resume=None, epochs=2, accumulate=1, **options):
-    trainer = lightning.Trainer(
-        default_root_dir=folder, max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, accumulate_grad_batches=accumulate, plugins=[CheckpointFiles()],
-        callbacks=[Checkpoints(**options)],
+def rows():
+    return make_loader(Rows(), EpochSampler(24, batch_size=4), 4, 0, None)
+
+
+def trainer_of(folder, epochs, checkpoints=None, **options):
+    options = {"logger": False} | options
+    return lightning.Trainer(
+        default_root_dir=folder, max_epochs=epochs, accelerator="cpu", enable_progress_bar=False,
+        enable_model_summary=False, plugins=[CheckpointFiles()],
+        callbacks=[Checkpoints(**(checkpoints or {}))], **options,
     )  # fmt: skip
-    loader = make_loader(Rows(), EpochSampler(24, batch_size=4), 4, 0, None)
-    trainer.fit(model, loader, ckpt_path=resume)
+
+
+def fit(folder, model, resume=None, epochs=2, accumulate=1, **options):
+    trainer_of(folder, epochs, options, accumulate_grad_batches=accumulate).fit(model, rows(), ckpt_path=resume)
     return model
 
 
@@ -178,6 +188,54 @@ def test_a_full_disk_on_the_way_is_told_and_training_goes_on_but_the_end_must_be
     with pytest.raises(WlsupError, match="No space left"):
         fit(tmp_path, Model())
     assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2 * BATCHES  # of the run before
+
+
+class Full(lightning.pytorch.loggers.CSVLogger):
+    """A logger whose disk is full whenever a checkpoint is due."""
+
+    def save(self):
+        if sys._getframe(1).f_code.co_name == "_save":
+            raise OSError(28, "No space left on device")
+
+
+def test_a_logger_that_cannot_write_is_told_as_the_checkpoint_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    trainer = trainer_of(tmp_path, epochs=2, logger=Full(tmp_path))
+    with pytest.raises(WlsupError, match="No space left"):  # the last one must be saved
+        trainer.fit(Model(), rows())
+    assert "checkpoint of step 6 cannot be written" in caplog.text
+    assert trainer.global_step == 2 * BATCHES
+
+
+def rank_whose_disk_is_full(rank, world, folder):
+    """Train over ranks of which the first cannot write at step 3."""
+    os.environ |= {
+        "WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "MASTER_PORT": "29577",
+        "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none",
+    }  # fmt: skip
+    save = save_checkpoint_file
+
+    def full(checkpoint, path):
+        if checkpoint["global_step"] == 3:
+            raise OSError(28, "No space left on device")
+        save(checkpoint, path)
+
+    module.save_checkpoint_file = full
+    model = Model()
+    ranks = {"devices": world, "strategy": "ddp", "use_distributed_sampler": False}
+    trainer = trainer_of(folder, 1, {"every_minutes": 1e-9}, **ranks)  # after each step
+    trainer.fit(model, rows())
+    assert trainer.global_step == BATCHES
+    asked = Model(at=2, do=signalled(signal.SIGUSR1) if rank == 0 else lambda: None)  # the save after step 3 is needed
+    with pytest.raises(WlsupError, match="No space left"):
+        trainer_of(folder, 1, **ranks).fit(asked, rows())
+    Path(folder, f"{rank}.done").touch()
+
+
+@pytest.mark.multiprocess
+def test_ranks_agree_on_a_checkpoint_that_could_not_be_written(tmp_path, in_processes):
+    in_processes(rank_whose_disk_is_full, 2, tmp_path, 120)
+    assert len(list(tmp_path.glob("*.done"))) == 2
 
 
 def test_a_damaged_checkpoint_is_not_trained_on(tmp_path):

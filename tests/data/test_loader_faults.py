@@ -50,8 +50,13 @@ def test_a_stalled_source_ends_in_a_sentence(workers):
 
 
 def test_a_worker_that_is_killed_ends_in_a_sentence():
-    with pytest.raises(WlsupError, match=r"was killed \(Killed\).*memory"):
+    with pytest.raises(WlsupError, match=r"was killed, as .*memory"):
         read(die, 1, 60)
+
+
+def test_a_worker_that_crashes_is_not_blamed_on_memory():
+    with pytest.raises(WlsupError, match=r"died of Aborted, .*num_workers 0"):
+        read(os.abort, 1, 60)
 
 
 def test_a_slow_step_is_not_a_stalled_source():

@@ -8,7 +8,7 @@ import pytest
 from wlsup.approaches.base import Approach
 from wlsup.checkpoint_file import read_checkpoint
 from wlsup.cli import main
-from wlsup.cli.training import _held, _is_of
+from wlsup.cli.training import _forgotten_unbegun, _held, _is_of
 from wlsup.errors import WlsupError
 
 
@@ -40,6 +40,14 @@ def test_a_second_run_does_not_enter_a_folder_that_another_one_is_writing(tmp_pa
         pass
     with _held(tmp_path / "run"):  # the first has ended
         pass
+
+
+def test_a_second_run_that_is_turned_away_takes_nothing_of_the_first_with_it(tmp_path, capsys):
+    with _held(tmp_path / "run"), _forgotten_unbegun(tmp_path / "run"):  # which has no config.yaml yet
+        files = sorted(path.name for path in (tmp_path / "run").iterdir())
+        assert main(command(tmp_path / "run")) == 2
+        assert "Another run" in capsys.readouterr().err
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == files
 
 
 def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path, capsys):

@@ -272,8 +272,8 @@ class CrossModalReprogramming(Approach):
             ids = self.tokenizer(chosen, length=self.slots, device=self.device).ids
             logits, clamped, norm = net(ids)
             total = F.cross_entropy(logits, labels[labels >= 0].to(self.device), reduction="sum")
-        else:  # nothing to learn from, and still a loss that the optimizer, and the other ranks, can take
-            total = norm = 0 * net.program.weight.sum()
+        else:  # nothing to learn from, and still a loss of all that trains, which the other ranks' gradients ask for
+            total = norm = 0 * sum(p.sum() for p in self._trained(net).parameters())
             clamped = total.detach()
         loss = mean_over_ranks(total, many)
         return {

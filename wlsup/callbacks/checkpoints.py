@@ -51,7 +51,16 @@ class StoppedEarly(Exception):  # noqa: N818 (nothing went wrong)
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's way to disk through `wlsup.checkpoint_file`: atomic, verified, never running code of a file."""
+    """Lightning's way to disk through `wlsup.checkpoint_file`: atomic, verified, never running code of a file.
+
+    Attributes:
+        failures: None: an error is raised where it occurs. A list: errors are put there. Of several ranks one writes
+            while the others wait for it, and would wait for ever if it left.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: list[OSError] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write it whole, or leave what was there.
@@ -59,7 +68,12 @@ class CheckpointFiles(TorchCheckpointIO):
         Raises:
             OSError: it could not be written.
         """
-        save_checkpoint_file(checkpoint, Path(path))
+        try:
+            save_checkpoint_file(checkpoint, Path(path))
+        except OSError as error:
+            if self.failures is None:
+                raise
+            self.failures.append(error)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read it, with checksums compared; ``weights_only`` is True whatever was asked for.
@@ -218,14 +232,32 @@ class Checkpoints(Checkpoint):
         folder = self._folder(trainer)
         path = folder / LAST
         self._saved = time.monotonic()
-        for sink in trainer.loggers:
-            sink.save()  # what was logged until here is not logged again
+        files = trainer.strategy.checkpoint_io
+        error: OSError | None = None
+        try:
+            for sink in trainer.loggers:
+                sink.save()  # what was logged until here is not logged again
+        except OSError as failure:
+            error = failure
+        if isinstance(files, CheckpointFiles):
+            files.failures = []
         try:
             trainer.save_checkpoint(path, weights_only=False)  # whole, the optimizer too
-        except OSError as error:
+            if isinstance(files, CheckpointFiles) and files.failures:
+                error = files.failures[0]
+        except OSError as failure:
+            error = failure
+        finally:
+            if isinstance(files, CheckpointFiles):
+                files.failures = None
+        reason = None
+        if error is not None:
             reason = f"The checkpoint of step {trainer.global_step} cannot be written to {folder}: {error}."
-            if needed:
-                raise WlsupError(f"{reason} Make room, and go on with --resume auto from the one before.") from error
+        if trainer.world_size > 1:
+            reason = trainer.strategy.broadcast(reason)  # the first rank wrote; all go on, or none
+        if reason is not None and needed:
+            raise WlsupError(f"{reason} Make room, and go on with --resume auto from the one before.") from error
+        if reason is not None and trainer.is_global_zero:
             logger.warning("%s Training goes on; the one before it stays.", reason)
         return path
 

@@ -78,16 +78,12 @@ def train(cli: WlsupCLI) -> int:
     os.environ[RUN_DIR] = str(folder)  # the processes that fit() starts inherit it; the next run does not
     path = cli.resumption.path
     try:
-        with _held(folder) if first else nullcontext(), log_to_file(folder / "run.log") if first else nullcontext():
+        with _held(folder) if first else nullcontext(), _forgotten_unbegun(folder) if first else nullcontext():
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=None if path is None else str(path), weights_only=True)
     except StoppedEarly as stopped:
         if first:
             logger.warning("%s; go on with --run_dir %s --resume auto", stopped, folder)
         return STOPPED
-    except WlsupError:
-        if first:
-            _forget_unbegun(folder)
-        raise
     except OSError as error:
         if not _is_of(folder, error):
             raise
@@ -145,12 +141,17 @@ def _held(folder: Path) -> Iterator[None]:
         yield  # the file stays: a lock is on a file, and another run may hold it by now
 
 
-def _forget_unbegun(folder: Path) -> None:
-    """Take away the folder of a run that was refused before it wrote its configuration."""
-    if (folder / "config.yaml").is_file():
-        return
-    for file in (folder / "run.log", folder / ".lock", *folder.glob("events.out.tfevents.*")):
-        with suppress(OSError):
-            file.unlink(missing_ok=True)
-    with suppress(OSError):  # something else lies in it: then it stays
-        folder.rmdir()
+@contextmanager
+def _forgotten_unbegun(folder: Path) -> Iterator[None]:
+    """Keep run.log; take away the folder of a run that is refused before it has written its configuration."""
+    try:
+        with log_to_file(folder / "run.log"):
+            yield
+    except WlsupError:
+        if not (folder / "config.yaml").is_file():
+            for file in (folder / "run.log", folder / ".lock", *folder.glob("events.out.tfevents.*")):
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
+            with suppress(OSError):  # something else lies in it: then it stays
+                folder.rmdir()
+        raise

@@ -93,13 +93,8 @@ class BatchLoader(DataLoader):
                 return next(batches, _END)
         except RuntimeError as error:
             told = f"{error.__cause__} {error}"
-            if killed := re.search(r"is killed by signal: (\w+)|exited unexpectedly", told):
-                how = f"was killed ({killed[1]})" if killed[1] else "ended unexpectedly"
-                raise WlsupError(
-                    f"A process that reads pictures {how}, as the system does to the largest one when memory runs out. "
-                    f"Lower data.num_workers (now {self.num_workers}) or ask for more memory, and go on with "
-                    "--resume auto."
-                ) from error
+            if killed := re.search(r"is killed by signal: ([^.]+)|exited unexpectedly", told):
+                raise WlsupError(_lost(killed[1], self.num_workers)) from error
             if "timed out" in str(error):
                 raise WlsupError(_stalled(self.patience)) from error
             raise
@@ -119,6 +114,20 @@ class BatchLoader(DataLoader):
 
 
 _END = object()
+
+
+def _lost(by: str | None, workers: int) -> str:
+    """Return the sentence for a worker that is gone, by a signal or of itself."""
+    if by is not None and by not in ("Killed", "SIGKILL"):
+        return (
+            f"A process that reads pictures died of {by}, as a library that decodes them can. "
+            "--data.num_workers 0 reads in this process, and shows where; then go on with --resume auto."
+        )
+    how = "was killed" if by else "ended unexpectedly"
+    return (
+        f"A process that reads pictures {how}, as the system does to the largest one when memory runs out. "
+        f"Lower data.num_workers (now {workers}) or ask for more memory, and go on with --resume auto."
+    )
 
 
 @contextmanager
