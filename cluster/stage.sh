@@ -25,15 +25,15 @@ parent=$(dirname "$copy")
 if ! [ -d "$parent" ] || ! [ -w "$parent" ]; then
     shared "there is no disk of the node's own at $parent (alloc_flags nvme; NVME=DIR)"
 fi
+if [ "$(head -n 1 "$copy/.wlsup-staged" 2>/dev/null)" = "$source" ]; then
+    say "$copy is there already" # a job that was requeued on the same node
+    exit 0
+fi
 needed=$(du -sLk "$source" | cut -f1)
 free=$(df -Pk "$parent" | awk 'NR == 2 {print $4}')
 [ "$needed" -lt "$free" ] || shared "$parent has $free KiB free, and the shards need $needed"
 
 mkdir -p "$copy"
-if [ "$(head -n 1 "$copy/.wlsup-staged" 2>/dev/null)" = "$source" ]; then
-    say "$copy is there already" # a job that was requeued on the same node
-    exit 0
-fi
 making=$copy began=$SECONDS
 for file in "$source"/*; do
     [ -f "$file" ] || continue

@@ -18,7 +18,13 @@ export RUN_DIR=${RUN_DIR:-$(run_dir_of "lsf-${LSB_JOBID:-0}")}
 # -X 1: one process that fails ends all, which would wait for it otherwise
 on_nodes=(jsrun -X 1 -n "$NODES" -r1 -a1 -c1)
 
+wlsup_options # what is wrong with them is told before anything is copied
 staged=
+unstage() { # a node's disk is wiped anyway
+    [ -z "$staged" ] || "${on_nodes[@]}" cluster/stage.sh --remove "$staged" || true
+    staged=
+}
+trap unstage EXIT
 if [ -n "${SHARDS:-}" ]; then
     staged=$NVME/wlsup-${LSB_JOBID:-0}
     export WLSUP_STAGED=$staged
@@ -43,7 +49,7 @@ run_trapped jsrun -X 1 -n "$NODES" -r1 "-a$GPUS_PER_NODE" "-g$GPUS_PER_NODE" "-c
     "$PYTHON" -m wlsup fit "${OPTIONS[@]}"
 
 ! stopped || CODE=75 # whatever the launcher made of it
-[ -z "$staged" ] || "${on_nodes[@]}" cluster/stage.sh --remove "$staged" || true # a node's disk is wiped anyway
+unstage
 if [ "$CODE" = 0 ]; then
     say "the run is finished: $RUN_DIR/results.json"
 elif [ -n "$cancelled" ]; then

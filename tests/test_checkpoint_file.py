@@ -117,6 +117,16 @@ def test_a_full_disk_is_told_as_one_and_costs_nothing(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_what_cannot_be_saved_at_all_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
+    def wrong(*_, **__):
+        raise RuntimeError("Only Tensors created explicitly by the user support the deepcopy protocol")
+
+    monkeypatch.setattr(torch, "save", wrong)
+    with pytest.raises(RuntimeError, match="created explicitly"):
+        saved(tmp_path, 2.0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_torn_last_one_falls_back_to_the_one_before_and_says_so(tmp_path):
     saved(tmp_path, 1.0)
     last = saved(tmp_path, 2.0)

@@ -37,7 +37,9 @@ def save_checkpoint_file(checkpoint: dict[str, Any], path: Path) -> None:
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # torch's writer answers a full disk with an error of its own
-            raise OSError(f"cannot write {path}: {_cause(error)}") from error
+            if not isinstance(_cause(error), OSError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(f"cannot write {path}: {_told(_cause(error))}") from error
     _bring_to_disk(path.parent)
 
 
@@ -129,7 +131,11 @@ def _bring_to_disk(folder: Path) -> None:
             os.close(handle)
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return error
+
+
+def _told(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)

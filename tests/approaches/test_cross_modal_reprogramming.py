@@ -85,6 +85,9 @@ def test_classes_of_ones_own_and_more_of_them_than_labels():
     approach, _ = prepared(classes=classes)
     assert "net.label_map.linear.weight" in approach.plan.trained_names(approach)
     assert approach.losses(batch(["a word3", "a word11"]))["labelled"] == 1
+    approach.zero_grad()
+    approach.losses(batch(["a ring on gravel"]))["loss"].backward()  # of no class: other ranks may have some that are
+    assert all(p.grad is not None for p in approach.parameters() if p.requires_grad)
     with pytest.raises(WlsupError, match="label_map.kind to linear"):
         CrossModalReprogramming(classes=classes, label_map=LabelMapSpec(kind="fixed"))
 

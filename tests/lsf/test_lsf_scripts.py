@@ -248,6 +248,22 @@ def test_shards_are_staged_once_a_node_and_taken_away(lsf, tmp_path):
     assert list((tmp_path / "nvme").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "copies"),
+    [({"APPROACH": "flim"}, 0), ({"MARGIN": "9:00"}, 1)],
+    ids=["told before anything is copied", "told, and the copy taken away"],
+)
+def test_a_job_that_cannot_be_leaves_no_copy(wrong, copies, lsf, tmp_path):
+    lsf = lsf("finish")
+    (tmp_path / "nvme").mkdir()
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "00000.tar").write_bytes(b"1")
+    submit(lsf, "bsub", "lsf/summit.lsf", SHARDS=tmp_path / "shards", GPUS_PER_NODE=1, **wrong)
+    assert lsf.wait() == [2], log(lsf)
+    assert log(lsf).count(": staged ") == copies
+    assert list((tmp_path / "nvme").iterdir()) == []
+
+
 def test_without_a_disk_of_the_nodes_own_training_reads_the_shared_folder(lsf, tmp_path):
     lsf = lsf("finish")
     shards = tmp_path / "shards"

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wlsup.errors import WlsupError
 from wlsup.objectives.contrastive import CLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, info_nce, siglip
-from wlsup.objectives.distributed import gather_with_grad, meet
+from wlsup.objectives.distributed import meet
 
 pytestmark = pytest.mark.multiprocess
 
@@ -111,12 +111,6 @@ def work(rank, world, folder):
         other = groups[rank < world // 2]
         results["outsider"] = told(lambda: info_nce(image, text, scale, group=other))
 
-    # Gathering by itself: rank k holds k + 1 rows of k, and weighs what it gets by 10^k.
-    mine = torch.full((rank + 1, 2), float(rank), requires_grad=True)
-    everyone = gather_with_grad(mine)
-    (everyone * 10.0**rank).sum().backward()
-    results["gathered"], results["gathered gradient"] = everyone.detach(), mine.grad
-
     # Each disagreement ends in an error on every rank, at once.
     wider = (lambda x: x) if rank else (lambda x: torch.cat([x, x], dim=1))
     results["width"] = told(lambda: info_nce(wider(image), wider(text), scale))
@@ -128,7 +122,6 @@ def work(rank, world, folder):
     )
     results["own"] = told(lambda: info_nce(image, text if rank else text[:-1], scale))
     results["nothing"] = told(lambda: info_nce(image[:0], text[:0], scale))
-    results["gathering"] = told(lambda: gather_with_grad(wider(image)))
     results["met"] = meet(image, wishes=[rank == 1, False])[1]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -187,14 +180,6 @@ def test_a_group_gathers_over_its_members_only(results, world):
 
 
 @worlds
-def test_gather_with_grad_returns_rows_in_order_and_sums_their_gradients(results, world):
-    rows = torch.cat([torch.full((k + 1, 2), float(k)) for k in range(world)])
-    for rank, result in enumerate(results(world)):
-        assert torch.equal(result["gathered"], rows)
-        assert torch.equal(result["gathered gradient"], torch.full((rank + 1, 2), sum(10.0**k for k in range(world))))
-
-
-@worlds
 @pytest.mark.parametrize(
     ("what", "says"),
     [
@@ -203,7 +188,6 @@ def test_gather_with_grad_returns_rows_in_order_and_sums_their_gradients(results
         ("keys", "disagree on the use of keys"),
         ("loss", "disagree on the loss"),
         ("nothing", "empty batch on every rank"),
-        ("gathering", "disagree on the row width"),
     ],
 )
 def test_a_disagreement_is_an_error_on_every_rank_and_no_hang(results, world, what, says):
@@ -227,7 +211,6 @@ def test_a_wish_of_one_rank_is_granted_to_all(results, world):
     assert all(result["met"] == (True, False) for result in results(world))
 
 
-def test_a_single_process_gathers_itself():
+def test_a_single_process_meets_itself():
     x = torch.ones(3, 2)
-    assert gather_with_grad(x) is x
     assert meet(x)[0].sizes == (3,)

@@ -236,11 +236,12 @@ class SelectiveK(Approach):
         """Yield the loss of each batch, every parameter of the encoder trainable meanwhile."""
         before = [parameter.requires_grad for parameter in parameters]
         self.eval()
+        cuda = [self.device] if self.device.type == "cuda" else []
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             for position, batch in enumerate(batches):
-                with torch.random.fork_rng(), shared(self.selection_seed + position):
+                with torch.random.fork_rng(devices=cuda), shared(self.selection_seed + position):
                     torch.manual_seed(self.selection_seed + position)
                     yield self.losses(batch.to(self.device))["loss"]
         finally:

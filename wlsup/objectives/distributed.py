@@ -12,12 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from wlsup.errors import WlsupError
 from wlsup.ranks import processes
 
-__all__ = ["Ranks", "gather_with_grad", "meet"]
+__all__ = ["Ranks", "meet"]
 
 # Numbered, so that ranks can tell one another which they hold.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
@@ -154,38 +153,3 @@ def meet(
             )
     granted = tuple(any(row[2 + len(agreed) + i] for row in rows) for i in range(len(wishes)))
     return Ranks(tuple(row[1] for row in rows), rank, group), granted
-
-
-class _Gather(torch.autograd.Function):
-    """All ranks' rows forward; backward each rank's rows get the sum of what all ranks sent them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.gather(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.scatter_sum(grad), None
-
-
-def gather_with_grad(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Gather the rows of all ranks; gradients flow back to the rank that each row came from.
-
-    If every rank computes the same global loss from the result, each rank's rows get W times that loss's gradient,
-    and DistributedDataParallel's mean over ranks makes it the gradient a single process would have. Backward is a
-    collective too: either all ranks call it, or none.
-
-    Args:
-        x: (b_k, ...) this rank's rows; b_k may differ between ranks, the rest may not.
-        group: the process group; None means the default group if one is initialised with more than one rank.
-
-    Returns:
-        (B, ...) rows in the order of the ranks; ``x`` itself in a single process.
-
-    Raises:
-        WlsupError: the ranks disagree on the row's width or the dtype.
-    """
-    ranks, _ = meet(x, group=group)
-    return x if ranks.world == 1 else _Gather.apply(x, ranks)
