@@ -13,7 +13,7 @@ from tiny_wordnet import use_none, use_wordnet  # noqa: E402
 
 from wlsup.errors import WlsupError  # noqa: E402
 from wlsup.evaluation.caption_metrics import TOKENIZATION, bleu, bleu_statistics, cider_d, rouge_l  # noqa: E402
-from wlsup.evaluation.captions import bootstrap_mean, score_captions  # noqa: E402
+from wlsup.evaluation.captions import score_captions  # noqa: E402
 
 WITHOUT_DATA = ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d"]
 
@@ -67,14 +67,6 @@ def test_the_same_seed_gives_the_same_interval_and_another_does_not():
     assert once["scores"]["bleu_1"]["value"] == other["scores"]["bleu_1"]["value"]
 
 
-def test_a_mean_has_the_interval_of_the_normal_approximation():
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    mean, low, high = bootstrap_mean(values, resamples=4000)
-    half = 1.96 * values.std() / 20
-    assert mean == pytest.approx(values.mean())
-    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.02)
-
-
 def test_what_cannot_be_computed_has_a_reason_and_no_number():
     result = score_captions(["a dog"], [["a dog runs"]], resamples=5)
     assert set(result["absent"]) == {"cider_d", "meteor"}
@@ -99,5 +91,3 @@ def test_one_caption_and_a_reference_a_picture_or_an_error(generated, references
 def test_settings_out_of_range_are_refused():
     with pytest.raises(WlsupError, match="resamples"):
         score_captions(["a"], [["a"]], resamples=0)
-    with pytest.raises(WlsupError, match="at least one picture"):
-        bootstrap_mean([])

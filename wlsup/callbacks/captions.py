@@ -20,7 +20,8 @@ from wlsup.callbacks.progress import progress
 from wlsup.errors import WlsupError
 from wlsup.evaluation.caption_pictures import caption_grid
 from wlsup.evaluation.caption_table import samples_markdown
-from wlsup.evaluation.captions import bootstrap_mean, score_captions
+from wlsup.evaluation.captions import score_captions
+from wlsup.evaluation.statistics import mean_over_pictures
 from wlsup.ranks import alone
 
 __all__ = ["Captioner", "Captions", "evaluate_captions"]
@@ -87,7 +88,7 @@ def evaluate_captions(
     truth = [references[key] for key in generated]
     results = score_captions(list(generated.values()), truth, resamples=resamples)
     if losses:
-        mean, low, high = bootstrap_mean(losses, resamples=resamples)
+        mean, low, high = mean_over_pictures(losses, resamples=resamples)
         results["scores"]["loss"] = {"value": mean, "ci95": [low, high]}
     else:
         results["absent"]["loss"] = "this run's captioning loss has weight 0"

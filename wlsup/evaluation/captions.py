@@ -25,7 +25,7 @@ from wlsup.evaluation.caption_metrics import (
 )
 from wlsup.evaluation.statistics import Interval
 
-__all__ = ["PROTOCOL", "bootstrap_mean", "score_captions"]
+__all__ = ["PROTOCOL", "score_captions"]
 
 PROTOCOL = (
     f"tokens {TOKENIZATION} (NFKC, lower case, words of letters, marks and digits, punctuation off); BLEU-1..4 of the "
@@ -100,28 +100,6 @@ def score_captions(
         "absent": absent,
         "protocol": protocol,
     }
-
-
-def bootstrap_mean(
-    values: Sequence[float], *, seed: int = 0, resamples: int = 1000, confidence: float = 0.95
-) -> Interval:
-    """Return the mean over pictures with its percentile interval by bootstrap.
-
-    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
-
-    Args:
-        values: one a picture; their unit is the result's.
-        seed: the same one draws the same pictures as `score_captions`.
-        resamples: of the pictures.
-        confidence: in (0, 1).
-
-    Raises:
-        WlsupError: no value.
-    """
-    if not len(values):
-        raise WlsupError("A mean over pictures needs at least one picture.")
-    column = np.asarray(values, dtype=np.float64)[:, None]
-    return _bootstrap(column, lambda added: added / len(values), seed, resamples, confidence)[0]
 
 
 def _bootstrap(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wlsup.errors import WlsupError
-from wlsup.evaluation.captions import bootstrap_mean
+from wlsup.evaluation.statistics import mean_over_pictures
 from wlsup.evaluation.watcher import watch, watcher_version
 from wlsup.evaluation.weight_views import LeftOut, WeightView
 
@@ -233,7 +233,7 @@ def summarize(layers: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("be
 def _mean(values: Sequence[float]) -> dict[str, Any] | None:
     if not values:
         return None
-    mean, low, high = bootstrap_mean(values)
+    mean, low, high = mean_over_pictures(values)
     return {"mean": mean, "ci95": [low, high] if len(values) > 1 else None}
 
 

@@ -170,9 +170,9 @@ def mean_of_intervals(intervals: Sequence[Interval]) -> Interval:
 
 
 def mean_over_pictures(
-    values: Tensor | np.ndarray, *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95
+    values: Tensor | np.ndarray | Sequence[float], *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95
 ) -> Interval:
-    """Return the mean of one number a picture with its percentile bootstrap interval over pictures.
+    """Return the mean of one number a picture with its percentile bootstrap interval over pictures (or layers).
 
     Source: Efron and Tibshirani 1993, chapter 13. For the paired change of a score give its change by picture.
 

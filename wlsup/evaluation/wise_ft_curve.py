@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -15,7 +14,7 @@ from wlsup.batch import EvalSet
 from wlsup.errors import WlsupError
 from wlsup.evaluation.features import Features, extract_features
 from wlsup.evaluation.scorers import KnnScorer, ProbeScorer, Scorer
-from wlsup.evaluation.statistics import paired_bootstrap
+from wlsup.evaluation.statistics import Interval, mean_of_intervals, paired_bootstrap
 from wlsup.evaluation.validation import FRACTION, picture_keys, take, validation_split
 from wlsup.evaluation.wise_ft import ALPHAS, check_alphas, choose_alpha, interpolate
 
@@ -226,20 +225,16 @@ def _scores(right: list[Tensor], resamples: int) -> dict[str, list]:
 
 
 def _mean_scores(sets: list[list[Tensor]], resamples: int) -> dict[str, list] | None:
-    """Return the same of the mean over sets, each set's queries resampled apart; None of no set."""
+    """Return the same of the mean over sets, the intervals made of theirs as in results.json; None of no set."""
     if not sets:
         return None
+    by_set = [_scores(right, resamples) for right in sets]
     means: dict[str, list] = {"accuracy": [], "delta": [], "ci95": []}
     for position in range(len(sets[0])):
-        before, after = [right[0].numpy() for right in sets], [right[position].numpy() for right in sets]
-        generator, total = np.random.default_rng(0), np.zeros(resamples)
-        for first, then in zip(before, after, strict=True):  # see `paired_bootstrap`: a resample is a multinomial draw
-            shares = np.array([(then & ~first).mean(), (first & ~then).mean(), (then == first).mean()])
-            counts = generator.multinomial(len(first), shares, size=resamples)
-            total += (counts[:, 0] - counts[:, 1]) / len(first) / len(sets)
-        means["accuracy"].append(float(np.mean([then.mean() for then in after])))
-        means["delta"].append(float(np.mean([b.mean() - a.mean() for a, b in zip(before, after, strict=True)])))
-        means["ci95"].append([float(edge) for edge in np.quantile(total, [0.025, 0.975])])
+        mean = mean_of_intervals([Interval(one["delta"][position], *one["ci95"][position]) for one in by_set])
+        means["accuracy"].append(sum(one["accuracy"][position] for one in by_set) / len(by_set))
+        means["delta"].append(mean.estimate)
+        means["ci95"].append([mean.low, mean.high])
     return means
 
 
