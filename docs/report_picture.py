@@ -21,7 +21,10 @@ WIDTH = 1180
 
 def photograph(runs: list[str], picture: Path) -> None:
     """Write the report over ``runs`` from its title to the end of the scatter of both domains."""
-    browser = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((path for name in names if (path := shutil.which(name))), None)
+    if browser is None:
+        sys.exit(f"this needs one of {', '.join(names)}")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page_file = Path(folder) / "report.html"
         if code := main(["report", *runs, "-o", str(page_file)]):

@@ -97,8 +97,7 @@ def log_hyperparameters(
     held = experiment.value[0].metadata.plugin_data
     data = HParamsPluginData.FromString(held.content)
     for info in data.experiment.hparam_infos:
-        if "differs" in info.DESCRIPTOR.fields_by_name:  # since TensorBoard 2.15
-            info.differs = info.name in first
+        info.differs = info.name in first
     held.content = data.SerializeToString()
     for summary in (experiment, *session):
         board.experiment._get_file_writer().add_summary(summary)

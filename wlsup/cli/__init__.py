@@ -53,12 +53,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "report": (
         "wlsup.cli.report",
         "compare runs on one self-contained page",
-        "RUN.. [-o report.html] [--figures DIR] [--json]",
+        "RUN.. [-o report.html] [--figures DIR]",
     ),
     "upcycle": (
         "wlsup.cli.upcycle",
         "turn a dense model's MLPs into mixtures of experts",
-        "WEIGHTS OUT [--experts N] [--every N] [--json]",
+        "WEIGHTS OUT [--experts N] [--every N]",
     ),
     "data": ("wlsup.cli.data", "list, fetch, prepare and check data sets", "list|fetch|prepare|check [NAME] [--json]"),
 }
@@ -128,7 +128,7 @@ Pretrain a ViT by masked autoencoding on pictures alone; the run's folder gets m
 def usage() -> str:
     """Return the help of ``wlsup`` itself."""
     lines = [f"wlsup {__version__}: weak language supervision of pretrained vision encoders", "", "commands:"]
-    lines += [f"  wlsup {name:<11}{use:<42}{what}" for name, (_, what, use) in COMMANDS.items()]
+    lines += [f"  wlsup {name:<11}{use:<43}{what}" for name, (_, what, use) in COMMANDS.items()]
     lines += ["", "`wlsup COMMAND --help` says more. A first run: make train APPROACH=film"]
     return "\n".join(lines)
 

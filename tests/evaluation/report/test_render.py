@@ -165,3 +165,18 @@ def test_a_mistake_is_one_message(arguments, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("runs", "subject"),
+    [
+        ([("film", 1), ("lora", 1)], "2 approaches"),
+        ([("film", 1), ("film", 2)], "2 settings of film"),
+        ([("film", 1), ("film", 2), ("lora", 1)], "2 approaches, in 3 settings,"),
+        ([("film", 1)], "film"),
+    ],
+)
+def test_the_title_counts_approaches_not_rows(runs, subject, tmp_path):
+    for approach, steps in runs:
+        make_run(tmp_path / f"{steps}", approach, 0, steps=steps)
+    assert page_of(tmp_path)[1].title == f"What {subject} did to an encoder"

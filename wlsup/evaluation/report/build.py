@@ -58,10 +58,7 @@ def build_report(
         unfinished: folders of runs without results.
     """
     groups = group_runs(runs, order)
-    many = len(groups)
-    title = title or (
-        f"What {many} approaches did to an encoder" if many > 1 else f"What {groups[0].name} did to an encoder"
-    )
+    title = title or f"What {_subject(groups)} did to an encoder"
     sections = (
         findings(groups), changes(groups), in_against_out(groups), what_was_run(groups, summaries or {}),
         wise_ft(groups), learning(groups),
@@ -120,3 +117,13 @@ def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
         return None
     interval = None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
     return {"value": estimate.value, "ci95": interval, "over": estimate.basis}
+
+
+def _subject(groups: Sequence[Group]) -> str:
+    approaches = list(dict.fromkeys(group.approach for group in groups))
+    if len(groups) == 1:
+        return groups[0].name
+    if len(approaches) == 1:
+        return f"{len(groups)} settings of {approaches[0]}"
+    what = f"{len(approaches)} approaches"
+    return what if len(approaches) == len(groups) else f"{what}, in {len(groups)} settings,"
