@@ -12,7 +12,7 @@ PORT     ?= 6006
 JOBS     ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train pretrain-mini test test-all test-bolts lint dashboard bench results
+.PHONY: help setup train pretrain-mini test test-all test-bolts test-minimum lint dashboard bench results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -62,6 +62,17 @@ $(BOLTS)/.installed: $(BIN)/.installed constraints-bolts.txt
 
 test-bolts: $(BOLTS)/.installed ## our schedule and LARS against lightning-bolts', in an environment of its own
 	$(BOLTS)/bin/python -m pytest -m bolts tests/bolts
+
+MINIMUM := $(VENV)-minimum
+$(MINIMUM)/.installed: setup.cfg constraints-minimum.txt
+	$(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --quiet --upgrade pip
+	$(MINIMUM)/bin/python -m pip install --quiet -c constraints-minimum.txt -e ".[test]"
+	@touch $@
+
+test-minimum: $(MINIMUM)/.installed ## the fast tests on the oldest versions that setup.cfg promises
+	OMP_NUM_THREADS=1 $(MINIMUM)/bin/python -m pytest -n $(JOBS) --dist worksteal \
+		-m "not slow and not multiprocess and not browser and not bolts"
 
 lint: $(BIN)/.installed ## ruff, check and format
 	$(BIN)/ruff check .
