@@ -110,6 +110,12 @@ def cells() -> Iterator[tuple[str, str, float, float]]:
         yield (arm, *HARSH)
 
 
+def _use_pairs(train: int, held_out: int) -> None:
+    """Tell a process how many pairs there are."""
+    global PAIRS, HELD_OUT
+    PAIRS, HELD_OUT = train, held_out
+
+
 @cache
 def pairs() -> tuple[list[CaptionBatch], CaptionBatch]:
     """Return the training pairs one by one, and the held-out ones, with what the encoder makes of their pictures."""
@@ -340,9 +346,9 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"{record['command']}; magma_moe (ours) with a mixture of {EXPERTS} bottlenecks, k = 1, in each of the mini "
         f"language model's blocks ({experts} experts in all), frozen encoder; {settings['steps']} steps of "
-        f"{settings['batch_size']} pairs under bfloat16 autocast, AdamW, a tenth of the steps warm-up. {HELD_OUT} "
-        "held-out pairs, nats a token; mean and 95 % interval (Student's t) over seeds; differences are paired by "
-        f"seed. {record['seconds'] / 60:.1f} core-minutes.",
+        f"{settings['batch_size']} pairs under bfloat16 autocast, AdamW, a tenth of the steps warm-up. "
+        f"{settings['held_out']} held-out pairs, nats a token; mean and 95 % interval (Student's t) over seeds; "
+        f"differences are paired by seed. {record['seconds'] / 60:.1f} core-minutes.",
         "",
         "**Broken** is a run whose held-out loss is not finite, or is at the end not below its value at step 0, or in "
         "which more than half of all experts are dead at the end (no held-out token goes to them). Scale is the "
@@ -463,10 +469,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="to train on")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="pairs to measure the loss of")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, default=RESULTS / "moe_stability")
     given = parser.parse_args()
-    settings = {"steps": given.steps, "batch_size": given.batch_size}
+    settings = {name: getattr(given, name) for name in ("steps", "batch_size", "pairs", "held_out")}
     path = given.out.with_suffix(".json")
     before = json.loads(path.read_text()) if path.is_file() else {}
     record: dict[str, Any] = {
@@ -476,7 +484,8 @@ def main() -> None:
     }
     todo = lacking(record["runs"], given.seeds)
     print(f"{len(record['runs'])} runs done already, {len(todo)} to do", flush=True)
-    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(given.jobs, context, _use_pairs, (given.pairs, given.held_out)) as pool:
         work = [pool.submit(run, *key, given.steps, given.batch_size) for key in todo]
         for number, future in enumerate(as_completed(work), start=1):
             done = future.result()

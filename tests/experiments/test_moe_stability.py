@@ -70,7 +70,7 @@ class TestSummary:
 
     def test_table_and_picture_are_of_the_runs(self, study, tmp_path):
         runs = [a_run(arm, seed) for arm in study.ARMS for seed in range(2)] + [a_run("no measure", 2, last=None)]
-        record = {"command": "c", "settings": {"steps": 1, "batch_size": 2}, "runs": runs}
+        record = {"command": "c", "settings": {"steps": 1, "batch_size": 2, "pairs": 8, "held_out": 4}, "runs": runs}
         study.write(record, tmp_path / "study")
         read = json.loads((tmp_path / "study.json").read_text())
         assert read["summary"] == study.summary(read["runs"])
@@ -133,7 +133,21 @@ def test_it_runs_and_goes_on_where_it_stopped(study, tmp_path, monkeypatch, caps
     monkeypatch.setattr(study, "SCALES", (0.02,))
     monkeypatch.setattr(study, "RATES", (1e-1,))
     monkeypatch.setattr(study, "SINGLE", {})
-    arguments = ["study", "--steps", "2", "--batch-size", "4", "--jobs", "1", "--out", str(tmp_path / "study")]
+    arguments = [
+        "study",
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--jobs",
+        "1",
+        "--pairs",
+        "8",
+        "--held-out",
+        "4",
+        "--out",
+        str(tmp_path / "study"),
+    ]
     for seeds, expected in (("1", "0 runs done already, 2 to do"), ("2", "2 runs done already, 2 to do")):
         monkeypatch.setattr("sys.argv", [*arguments, "--seeds", seeds])
         study.main()
