@@ -199,6 +199,8 @@ def _figure(entry: dict[str, Any]) -> str:
     digits = 1 if percent else 3
     spread = "" if value["ci95"] is None else f" ± {(value['ci95'][1] - value['ci95'][0]) / 2:.{digits}f}"
     text = f"{value['mean']:.{digits}f}"
+    if value["ci95"] is not None and value["ci95"][0] == value["ci95"][1]:
+        return f"{text} {entry['unit']}".rstrip() + " (for every seed)"
     return f"{text}{spread} {entry['unit']}".rstrip()
 
 
