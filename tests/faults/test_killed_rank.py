@@ -1,0 +1,64 @@
+"""One process of a run is killed in mid-epoch: the rest end, nothing hangs, and the run goes on where it saved."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+STEPS = 32  # 256 pairs, two processes of 16 a step, two epochs
+
+
+def start(folder, *options):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "wlsup",
+        "fit", "-c", "experiments/base.yaml", "-c", "experiments/lit.yaml", "--run_dir", folder / "run",
+        "--data.pairs", "256", "--data.validation_pairs", "16", "--data.batch_size", "8", "--data.eval_sets", "[]",
+        "--trainer.max_epochs", "2", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator",
+        "cpu", "--trainer.log_every_n_steps", "1", "--checkpoints.every_minutes", "1e-6", *options,
+    ]  # fmt: skip
+    with (folder / "output").open("a") as output:
+        return subprocess.Popen(list(map(str, command)), stdout=output, stderr=output)
+
+
+def ranks(folder):
+    """Process ids of the run, by rank."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environ = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has ended meanwhile
+            continue
+        rank = [value[len(b"LOCAL_RANK=") :] for value in environ if value.startswith(b"LOCAL_RANK=")]
+        if rank and os.fsencode(folder / "run") in command:
+            found[int(rank[0])] = int(process.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+def test_a_killed_rank_ends_all_and_the_run_goes_on(tmp_path):
+    run = start(tmp_path)
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+            assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
+            time.sleep(0.02)
+        os.kill(ranks(tmp_path)[1], signal.SIGKILL)
+        assert run.wait(timeout=90) != 0
+    finally:
+        run.kill()
+    assert not ranks(tmp_path)
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert start(tmp_path, "--resume", "auto").wait(timeout=300) == 0, (tmp_path / "output").read_text()
+    assert "going on from" in (tmp_path / "output").read_text()
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == STEPS
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    step, loss = (lines[0].split(",").index(name) for name in ("step", "train/loss"))
+    logged = [int(cells[step]) for line in lines[1:] if (cells := line.split(","))[loss]]
+    assert logged == list(range(STEPS))  # each step once
