@@ -13,7 +13,7 @@ ALLOWED = {
     "cli": {"cli", "approaches", "callbacks", "evaluation", "data", *METHODS, *BOTTOM},
     "approaches": {"approaches", *METHODS, *BOTTOM},
     "callbacks": {"callbacks", "evaluation", "objectives", *BOTTOM},
-    "evaluation": {"evaluation", "batch", "errors", "files"},
+    "evaluation": {"evaluation", "batch", "errors", "files", "ranks"},
     "data": {"data", "batch", "errors", "files"},
     "models": {"models", "batch", "draws", "errors", "files", "plan"},
     "adapters": {"adapters", "batch", "errors", "plan"},

@@ -14,7 +14,7 @@ from torch import Tensor
 from wlsup.batch import EvalSet
 from wlsup.callbacks.progress import progress
 from wlsup.errors import WlsupError
-from wlsup.evaluation.features import Features, extract_features
+from wlsup.evaluation.features import Features, shared_features
 from wlsup.evaluation.knn import KNNResult, knn_accuracy
 from wlsup.evaluation.statistics import Interval, mean_of_intervals, paired_bootstrap
 
@@ -31,6 +31,8 @@ def features_of(
 ) -> tuple[Features, Features]:
     """Return a set's bank and queries as ``module.features`` sees them, in eval mode and fp32; the mode is put back.
 
+    Several processes share the work, whole batches at a time, and all get all of it: to the bit what one process gets.
+
     Args:
         module: has ``features(images (B, 3, H, W)) -> (B, D)``.
         eval_set: bank and queries.
@@ -45,7 +47,7 @@ def features_of(
         for part in ("train", "test"):
             with progress(f"features of {eval_set.name}, {part}") as show:
                 parts.append(
-                    extract_features(
+                    shared_features(
                         module.features,
                         getattr(eval_set, part),
                         batch_size=batch_size,

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wlsup.errors import WlsupError
+from wlsup.ranks import processes
 
-__all__ = ["Features", "extract_features", "merge_features"]
+__all__ = ["Features", "extract_features", "merge_features", "shared_features"]
 
 
 @dataclass
@@ -109,6 +111,42 @@ def extract_features(
     if not seen.all():
         features, labels = features[seen], labels[seen]
     return Features(features, labels, seen.nonzero().squeeze(1), reasons)
+
+
+def shared_features(
+    extractor: Callable[[Tensor], Tensor], dataset: Dataset, *, batch_size: int = 256, **options: Any
+) -> Features:
+    """Do as `extract_features` with the work shared over the processes, all of which call it and get all features.
+
+    Each takes whole batches in turn, so that every picture stands in the batch in which one process would have it, none
+    is seen twice, and the features are one process's to the bit.
+
+    Args:
+        extractor: see `extract_features`.
+        dataset: likewise, the same one in every process.
+        batch_size: likewise.
+        options: likewise; no ``sampler``.
+
+    Raises:
+        WlsupError: as `extract_features`, in all processes when in one.
+    """
+    world, rank = processes()
+    if world == 1:
+        return extract_features(extractor, dataset, batch_size=batch_size, **options)
+    starts = range(rank * batch_size, len(dataset), world * batch_size)
+    mine = [index for start in starts for index in range(start, min(start + batch_size, len(dataset)))]
+    own: Features | str | None = None
+    try:
+        if mine or not len(dataset):
+            own = extract_features(extractor, dataset, batch_size=batch_size, sampler=mine or None, **options)
+    except WlsupError as error:
+        own = str(error)
+    everyones: list[Features | str | None] = [None] * world
+    dist.all_gather_object(everyones, own)
+    for message in everyones:
+        if isinstance(message, str):
+            raise WlsupError(message)
+    return merge_features([part for part in everyones if part is not None])
 
 
 def merge_features(parts: Sequence[Features]) -> Features:
