@@ -140,6 +140,10 @@ class Condition:
     pooled: Tensor
     present: Tensor
 
+    def __getitem__(self, rows: slice) -> Condition:
+        """Return the condition of some of the samples."""
+        return Condition(self.tokens[rows], self.mask[rows], self.pooled[rows], self.present[rows])
+
     def drop(self, probability: float, generator: torch.Generator | None = None) -> Condition:
         """Return the condition with each sample's caption dropped with ``probability`` (classifier-free style)."""
         device = self.present.device

@@ -33,6 +33,7 @@ CASES = {name: (name, {}) for name in APPROACHES} | {
     "reprogramming": ("reprogramming", {"probe_pictures": 100}),
     "cross_modal_reprogramming": ("cross_modal_reprogramming", {"probe_pictures": 100, "penalty": 0.0}),
     "film, siglip, masked": ("film", {"objective": ObjectiveSpec(contrastive="siglip", contrastive_view="masked")}),
+    "film, in micro-batches": ("film", {"objective": ObjectiveSpec(micro_batch=3)}),
     "full, regularised": ("full", {"regularizer": RegularizerSpec(distill=1.0, l2sp=0.1)}),
     "selective_k, rgn": ("selective_k", {"criterion": "rgn", "k": 2}),
     "selective_k, fisher": ("selective_k", {"criterion": "fisher", "k": 2}),

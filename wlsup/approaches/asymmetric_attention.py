@@ -88,6 +88,8 @@ class AsymmetricAttentionApproach(Approach):
                 "the picture. Leave matching out, or set the kind."
             )
         self.matching = None if self.fusion.image_sees_text else matching or MatchingSpec()
+        if self.matching is not None and objective.micro_batch is not None:
+            raise WlsupError("matching looks at the whole batch's passes: leave objective.micro_batch out.")
         self.train_decoder = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
 
     @property

@@ -64,6 +64,8 @@ class Lit(Approach):
                 "lit leaves the encoder as it is: set objective.reconstruction_weight to 0 and "
                 "objective.contrastive_view to full."
             )
+        if objective.micro_batch is not None:
+            raise WlsupError("lit keeps no activations of the encoder: leave objective.micro_batch out.")
         self.objective, self.lr, self.weight_decay = objective, lr, weight_decay
         self.mae, self.text, self.head = build_towers(encoder, decoder, text, objective)
 

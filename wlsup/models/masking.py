@@ -8,7 +8,7 @@ from torch import Tensor
 from wlsup.draws import per_sample
 from wlsup.errors import WlsupError
 
-__all__ = ["random_masking"]
+__all__ = ["masking_noise", "random_masking"]
 
 
 def random_masking(
@@ -45,15 +45,26 @@ def random_masking(
             f"allowed: 0 <= mask_ratio <= {1 - 1 / num_patches:.4g}."
         )
     if noise is None:
-        noise = per_sample(
-            lambda samples, stream: torch.rand(samples, num_patches, device=device, generator=stream),
-            batch_size,
-            device,
-            generator,
-        )
+        noise = masking_noise(batch_size, num_patches, device=device, generator=generator)
     if noise.shape != (batch_size, num_patches):
         raise WlsupError(f"Mask noise has shape {tuple(noise.shape)}; wanted (B, N) = ({batch_size}, {num_patches}).")
     ids_shuffle = noise.argsort(dim=1, stable=True)
     places = torch.arange(num_patches, device=noise.device).expand_as(ids_shuffle)
     ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, places)
     return ids_shuffle[:, :keep], ids_restore, (ids_restore >= keep).float()
+
+
+def masking_noise(
+    batch_size: int,
+    num_patches: int,
+    *,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return what `random_masking` decides by, (B, N) uniform in [0, 1); its arguments are that one's."""
+    return per_sample(
+        lambda samples, stream: torch.rand(samples, num_patches, device=device, generator=stream),
+        batch_size,
+        device,
+        generator,
+    )

@@ -18,10 +18,12 @@ from torch import Tensor
 from wlsup.batch import Condition
 from wlsup.errors import WlsupError
 from wlsup.models.heads import ContrastiveHead
-from wlsup.models.mae import DecoderSpec, MaskedAutoencoder, build_mae, random_masking
+from wlsup.models.mae import DecoderSpec, MaskedAutoencoder, build_mae
+from wlsup.models.masking import masking_noise, random_masking
 from wlsup.models.text import TextEncoder, TextSpec
 from wlsup.models.vision import VisionSpec
 from wlsup.objectives.contrastive import info_nce, siglip
+from wlsup.objectives.micro_batches import in_micro_batches
 from wlsup.objectives.reconstruction import reconstruction_loss
 
 __all__ = ["ObjectiveSpec", "build_towers", "contrast", "image_embedding", "two_branch_losses"]
@@ -39,6 +41,8 @@ class ObjectiveSpec:
         caption_dropout: probability with which the reconstruction branch runs a sample under the null condition.
         contrastive_view: "full" pictures, or "masked" ones at ``mask_ratio`` (FLIP, Li et al. 2023: cheaper).
         projection_width: channels of the shared image-text space.
+        micro_batch: encode so many pictures at a time, in their memory, for the same loss over the whole batch, by a
+            second forward pass (see `wlsup.objectives.micro_batches`); None: all at once.
     """
 
     contrastive: Literal["infonce", "siglip"] = "infonce"
@@ -48,6 +52,7 @@ class ObjectiveSpec:
     caption_dropout: float = 0.5
     contrastive_view: Literal["full", "masked"] = "full"
     projection_width: int = 128
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.mask_ratio < 1:
@@ -58,6 +63,8 @@ class ObjectiveSpec:
             self.contrastive_weight or self.reconstruction_weight
         ):
             raise WlsupError("contrastive_weight and reconstruction_weight must be >= 0, and not both 0.")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise WlsupError(f"micro_batch must be at least 1, or none, not {self.micro_batch}.")
 
 
 def build_towers(
@@ -98,7 +105,12 @@ def image_embedding(mae: MaskedAutoencoder, head: ContrastiveHead, images: Tenso
     if spec.contrastive_view == "masked" and mae.training:
         patches = (images.shape[-2] // mae.patch_size) * (images.shape[-1] // mae.patch_size)
         keep, _, _ = random_masking(len(images), patches, spec.mask_ratio, device=images.device)
-    return head.embed_images(mae.encoder(images, condition=None, ids_keep=keep).pooled)
+
+    def encode(rows: slice) -> Tensor:
+        ids = None if keep is None else keep[rows]
+        return head.embed_images(mae.encoder(images[rows], condition=None, ids_keep=ids).pooled)
+
+    return in_micro_batches(encode, len(images), spec.micro_batch)
 
 
 def contrast(
@@ -142,11 +154,7 @@ def two_branch_losses(
     losses: dict[str, Tensor] = {}
     total = images.new_zeros((), dtype=torch.float32)
     if spec.reconstruction_weight:
-        told = captions.drop(spec.caption_dropout)
-        output = mae(images, condition=told, mask_ratio=spec.mask_ratio, predict_kept=False)
-        losses["reconstruction"] = reconstruction_loss(
-            output.prediction, images, output.mask, mae.patch_size, mae.normalize_pixels
-        )
+        losses["reconstruction"] = _reconstruction(mae, images, captions.drop(spec.caption_dropout), spec)
         total = total + spec.reconstruction_weight * losses["reconstruction"]
     if spec.contrastive_weight:
         image = image_embedding(mae, head, images, spec)
@@ -155,3 +163,17 @@ def two_branch_losses(
         total = total + spec.contrastive_weight * losses["contrastive"]
     losses["loss"] = total
     return losses
+
+
+def _reconstruction(mae: MaskedAutoencoder, images: Tensor, told: Condition, spec: ObjectiveSpec) -> Tensor:
+    patches = (images.shape[-2] // mae.patch_size) * (images.shape[-1] // mae.patch_size)
+    noise = masking_noise(len(images), patches, device=images.device)
+
+    def share(rows: slice) -> Tensor:
+        """Return the rows' share of the loss, (1,): of every picture as many patches are removed."""
+        own = images[rows]
+        output = mae(own, told[rows], spec.mask_ratio, noise[rows], predict_kept=False)
+        loss = reconstruction_loss(output.prediction, own, output.mask, mae.patch_size, mae.normalize_pixels)
+        return (loss * (len(own) / len(images)))[None]
+
+    return in_micro_batches(share, len(images), spec.micro_batch).sum()
