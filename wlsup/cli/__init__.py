@@ -55,6 +55,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "compare runs on one self-contained page",
         "RUN.. [-o report.html] [--figures DIR]",
     ),
+    "plan-scale": (
+        "wlsup.cli.plan_scale",
+        "say what a run would take on so many GPUs: memory, seconds, efficiency",
+        "[APPROACH] [--nodes N] [--json]",
+    ),
     "upcycle": (
         "wlsup.cli.upcycle",
         "turn a dense model's MLPs into mixtures of experts",

@@ -1,0 +1,114 @@
+"""The plan gives back what was measured, and its terms follow their formulas."""
+
+import json
+
+import pytest
+
+from wlsup.cli import main
+from wlsup.cli.plan_scale import APPROACHES, ENCODERS, LANGUAGE, Cluster, Job, plan, size
+from wlsup.errors import WlsupError
+
+MEASURED = {  # one H100, ViT-B/16, bf16, batch 64: pictures a second, MiB of activations (benchmarks/README.md)
+    "full": (1566, 4406),
+    "film": (1567, 3883),
+    "film_top_4": (2311, 1389),
+    "lora": (1184, 4688),
+    "lst": (951, 680),
+    "lit": (4013, 259),
+}
+
+
+@pytest.mark.parametrize("approach", MEASURED)
+def test_what_was_measured_comes_out_again(approach):
+    speed, activations = MEASURED[approach]
+    found = plan(Job(approach), Cluster(workers=10**6))
+    text = 1 + 5.9e9 / (APPROACHES[approach].work * 34.9e9)  # CLIP's text encoder, which that run did not have
+    assert 1e3 * 64 / found["milliseconds"]["compute"] * text == pytest.approx(speed, rel=0.05)
+    assert 1024 * found["memory_gib"]["activations"] == pytest.approx(activations, rel=0.02)
+    assert not found["estimated"]
+
+
+def test_the_paper_preset_of_full_is_met_within_a_tenth():
+    found = plan(Job("full", batch=256, precision="16"), Cluster())
+    assert found["pictures_per_second"] == pytest.approx(1433, rel=0.1)
+    assert 1024 * sum(found["memory_gib"].values()) == pytest.approx(18476, rel=0.1)
+
+
+def test_parameters_are_the_published_ones_but_for_embeddings_and_norms():
+    published = {"vit_small": 22e6, "vit_base": 86e6, "vit_large": 304e6, "vit_huge": 632e6}
+    for name, count in published.items():
+        assert size(Job(encoder=name)).encoder == pytest.approx(count, rel=0.04)
+    for name, count in {"gpt2": 124e6, "opt-1.3b": 1.3e9, "gpt-j-6b": 6.05e9, "llama-7b": 6.7e9}.items():
+        assert size(Job("magma", language=name)).language == pytest.approx(count, rel=0.07)
+    assert set(ENCODERS) >= set(published) and len(LANGUAGE) == 5
+
+
+def test_gradients_take_twice_their_bytes_over_the_slowest_link():
+    found = plan(Job("full"), Cluster(nodes=4, gpus_per_node=6, link=24, workers=10**6))
+    trained = found["parameters"]["trained"]
+    rate = 0.8e9 * 24 / 6  # six GPUs share their node's link
+    assert found["milliseconds"]["all-reduce"] == pytest.approx(1e3 * 2 * 23 / 24 * 4 * trained / rate)
+    alone = plan(Job("full"), Cluster(workers=10**6))
+    assert alone["milliseconds"]["all-reduce"] == alone["milliseconds"]["all-gather"] == 0
+    assert alone["efficiency"] == 1
+
+
+def test_slower_links_and_more_nodes_never_help():
+    shares = [
+        plan(Job("full"), Cluster(n, 4, link=link))["efficiency"] for n, link in ((1, 25), (2, 25), (8, 25), (8, 2))
+    ]
+    assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1] > 0
+
+
+def test_fsdp_divides_what_is_held_and_gathers_weights():
+    job = Job("magma", language="gpt-j-6b")
+    cluster = Cluster(2, 4)
+    whole, apart = plan(job, cluster), plan(Job("magma", language="gpt-j-6b", strategy="fsdp"), cluster)
+    for part in ("weights", "gradients", "optimizer"):
+        assert apart["memory_gib"][part] == pytest.approx(whole["memory_gib"][part] / 8)
+    assert apart["memory_gib"]["activations"] == whole["memory_gib"]["activations"]
+    assert apart["milliseconds"]["all-gather"] > whole["milliseconds"]["all-gather"] == 0
+    assert whole["memory_gib"]["weights"] > 11  # GPT-J's weights in half precision
+
+
+def test_experts_cost_memory_and_only_spread_ones_an_all_to_all():
+    dense = plan(Job("magma", language="gpt2"), Cluster(2, 4))
+    mixed = plan(Job("magma", language="gpt2", experts=8), Cluster(2, 4))
+    spread = plan(Job("magma", language="gpt2", experts=8, shard_experts=True), Cluster(2, 4))
+    assert mixed["memory_gib"]["weights"] > spread["memory_gib"]["weights"] > dense["memory_gib"]["weights"]
+    assert mixed["milliseconds"]["all-to-all"] == 0 < spread["milliseconds"]["all-to-all"]
+
+
+def test_few_loaders_bound_the_step():
+    found = plan(Job("lit"), Cluster(workers=1))
+    assert found["bound_by"] == "data"
+    assert found["pictures_per_second"] == pytest.approx(179)
+
+
+def test_a_v100_has_no_bfloat16():
+    with pytest.raises(WlsupError, match="V100 has no bf16"):
+        plan(Job(precision="bf16"), Cluster(gpu="v100"))
+
+
+def test_the_command_tells_memory_time_and_what_was_not_measured(capsys):
+    assert main(["plan-scale", "full", "--batch", "256", "--nodes", "4", "--gpus-per-node", "6", "--gpu", "v100"]) == 0
+    out = capsys.readouterr().out
+    assert "4 x 6 v100" in out and "too much for 16 GB" in out and "an estimate" in out
+    assert "all-reduce" in out and "efficiency" in out
+    assert main(["plan-scale", "magma", "--experts", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["job"]["language"] == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--nodes", "0"], "at least 1"),
+        (["--experts", "4"], "name one by --language"),
+        (["magma", "--shard-experts"], "needs --experts"),
+        (["fulll"], "plan-scale --help"),
+    ],
+)
+def test_a_mistake_is_one_message(options, said, capsys):
+    assert main(["plan-scale", *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

@@ -1,0 +1,315 @@
+"""``wlsup plan-scale``: what a run would take on so many GPUs, by arithmetic calibrated on what was measured.
+
+A step of B pictures a GPU is taken to last as long as the slower of two things that go on side by side: reading B
+pictures, and computing on them plus what of the communication does not hide behind the backward pass. docs/scale.md has
+the formulas, and says which constants were measured and which are assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wlsup.cli.parser import CommandParser
+from wlsup.errors import WlsupError, choose
+
+__all__ = ["Cluster", "Job", "Model", "plan", "run"]
+
+HELP = """\
+usage: wlsup plan-scale [APPROACH] [options]
+
+Say what a run would take: memory a GPU, seconds a step by term, efficiency against one GPU. No GPU is needed.
+
+  APPROACH              full | mae_cl | film | film_top_4 | lora | lst | lit | magma (full)
+  --encoder NAME        vit_tiny | vit_small | vit_base | vit_large | vit_huge (vit_base), patches of 16 at 224 px
+  --language NAME       none | gpt2 | opt-1.3b | gpt-j-6b | llama-7b: the frozen language model of magma (gpt2)
+  --experts N           copies of every second MLP of the language model, one of which a token takes (0: none)
+  --shard-experts       plan the experts spread over the GPUs, which wlsup does not do: each keeps them all
+  --batch N             pictures a GPU (64)
+  --nodes N             (1)
+  --gpus-per-node N     (1)
+  --gpu NAME            v100 | a100 | h100 (h100)
+  --precision P         32 | 16 | bf16 (bf16; a V100 has none: 16)
+  --strategy S          ddp | fsdp (ddp)
+  --link GB/s           of a node to the others (25: two EDR InfiniBand rails)
+  --intra GB/s          of a GPU to the others of its node (150: NVLink)
+  --workers N           loader processes a GPU (8)
+  --json                machine-readable, complete
+"""
+
+# width, depth
+ENCODERS = {
+    "vit_tiny": (192, 12),
+    "vit_small": (384, 12),
+    "vit_base": (768, 12),
+    "vit_large": (1024, 24),
+    "vit_huge": (1280, 32),
+}
+# width, depth, vocabulary
+LANGUAGE = {
+    "none": (0, 0, 0),
+    "gpt2": (768, 12, 50_257),
+    "opt-1.3b": (2048, 24, 50_272),
+    "gpt-j-6b": (4096, 28, 50_400),
+    "llama-7b": (4096, 32, 32_000),
+}
+TOKENS = 197
+CAPTION = 32
+TEXT = (512, 12, 77)
+"""CLIP's frozen text encoder: width, depth, tokens."""
+
+
+@dataclass(frozen=True)
+class Approach:
+    """What an approach costs against full fine-tuning of the encoder with a contrastive loss.
+
+    Args:
+        trained: share of the encoder's parameters that trains, or that as many new ones make up.
+        work: FLOPs of a step over those of the encoder's forward pass.
+        speed: pictures a second over what those FLOPs say; measured where `MEASURED` says so.
+        memory: activations over those of full fine-tuning.
+        measured: on a GPU (benchmarks/README.md), not estimated.
+    """
+
+    trained: float
+    work: float
+    speed: float
+    memory: float
+    measured: bool = True
+
+
+APPROACHES = {
+    "full": Approach(1.0, 3.0, 1.0, 1.0),
+    "mae_cl": Approach(1.3, 3.9, 1.0, 1.1, measured=False),
+    "film": Approach(0.03, 2.0, 0.667, 0.881),
+    "film_top_4": Approach(0.011, 1.33, 0.656, 0.315),
+    "lora": Approach(0.015, 2.0, 0.504, 1.064),
+    "lst": Approach(0.03, 1.1, 0.223, 0.154),
+    "lit": Approach(0.0013, 1.0, 0.854, 0.059),
+    "magma": Approach(1.0, 3.0, 1.0, 1.0, measured=False),
+}
+PEAK = {
+    "v100": {"32": 15.7, "16": 125.0},
+    "a100": {"32": 19.5, "16": 312.0, "bf16": 312.0},
+    "h100": {"32": 67.0, "16": 989.0, "bf16": 989.0},
+}
+"""TFLOP/s of dense products, as the makers state them."""
+MEMORY = {"v100": 16, "a100": 40, "h100": 80}
+"""GB; 32 and 80 are sold too."""
+UTILISATION = 0.167
+"""Of the peak, by `full` with ViT-B/16 under bf16 on an H100: 1,566 pictures a second. Assumed for the other GPUs."""
+ACTIVATION = 39.7
+"""Bytes a token, layer and channel under bf16 autocast, by the same run: 4,406 MiB for 64 pictures."""
+READ = 179.0
+"""Pictures a second that a loader process reads at least: 1,433 by eight of them (480 x 360 JPEGs)."""
+HIDDEN = 0.5
+"""Share of the computing behind which gradients travel: the backward pass, but for its end. Assumed."""
+LINK_EFFICIENCY = 0.8
+"""Of a link's rate, by large messages. Assumed."""
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes.
+
+    Args:
+        encoder: parameters of the vision encoder.
+        language: of the frozen language model, without experts.
+        experts: of all experts but the one that the dense model has.
+        trained: all that trains.
+        flops: of a step, a picture.
+        activations: bytes a picture.
+        expert_layers: mixtures in the language model.
+        width: of the language model.
+    """
+
+    encoder: float
+    language: float
+    experts: float
+    trained: float
+    flops: float
+    activations: float
+    expert_layers: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes, GPUs a node, their kind, and links in GB/s: of a node to the others, of a GPU within its node."""
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+    gpu: str = "h100"
+    link: float = 25.0
+    intra: float = 150.0
+    workers: int = 8
+
+    @property
+    def gpus(self) -> int:
+        """In all."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second that each GPU gets through to the others, the slowest link on the way counting."""
+        between = self.link / self.gpus_per_node if self.nodes > 1 else self.intra
+        return LINK_EFFICIENCY * GB * min(self.intra, between)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What runs: names as in the command's help."""
+
+    approach: str = "full"
+    encoder: str = "vit_base"
+    language: str = "none"
+    experts: int = 0
+    shard_experts: bool = False
+    batch: int = 64
+    precision: str = "bf16"
+    strategy: str = "ddp"
+
+
+def transformer(width: int, depth: int, tokens: int) -> tuple[float, float]:
+    """Return parameters, without embeddings, and FLOPs of a forward pass over so many tokens."""
+    parameters = 12 * depth * width**2
+    return parameters, 2 * parameters * tokens + 4 * depth * tokens**2 * width
+
+
+def size(job: Job) -> Model:
+    """Return the sizes of a job's models."""
+    approach = APPROACHES[job.approach]
+    width, depth = ENCODERS[job.encoder]
+    encoder, forward = transformer(width, depth, TOKENS)
+    flops, activations = approach.work * forward, approach.memory * ACTIVATION * TOKENS * width * depth
+    trained, language, experts, layers = approach.trained * encoder, 0.0, 0.0, 0
+    wide, deep, vocabulary = LANGUAGE[job.language]
+    if wide:
+        positions = TOKENS - 1 + CAPTION
+        blocks, told = transformer(wide, deep, positions)
+        language = blocks + vocabulary * wide
+        flops += 2 * (told + 2 * vocabulary * wide * CAPTION)  # frozen: forward, and back to what is in front of it
+        activations += ACTIVATION * positions * wide * deep + 12.0 * CAPTION * vocabulary
+        trained += 2 * deep * wide**2 / 4  # adapters at the MLPs, factor 4
+        if job.experts:
+            layers = deep // 2
+            experts = (job.experts - 1) * layers * 8 * wide**2
+            trained += job.experts * layers * 8 * wide**2
+            flops += layers * 2 * 8 * wide**2 * positions  # the weights' own gradients
+    else:
+        text_width, text_depth, text_tokens = TEXT
+        flops += transformer(text_width, text_depth, text_tokens)[1]
+    return Model(encoder, language, experts, trained, flops, activations, layers, wide)
+
+
+def plan(job: Job, cluster: Cluster) -> dict[str, Any]:
+    """Return memory a GPU in GiB, and milliseconds a step, by term; efficiency is against one such GPU.
+
+    Raises:
+        WlsupError: a precision that the GPU has not.
+    """
+    precision = choose("precision", job.precision, PEAK[cluster.gpu], hint="A V100 has no bf16.")
+    model, world = size(job), cluster.gpus
+    bytes_each = 4 if precision == "32" else 2
+    sharded = world if job.strategy == "fsdp" else 1
+    apart = world if job.shard_experts else 1
+    text = 0.0 if job.language != "none" else 63.4e6
+    frozen_bytes = bytes_each if job.language != "none" else 4  # a large frozen model is loaded in half precision
+    held = (model.encoder + text) * 4 + model.language * frozen_bytes + model.experts * 4 / apart
+    memory = {
+        "weights": held / sharded,
+        "gradients": 4 * model.trained / sharded,
+        "optimizer": 8 * model.trained / sharded,
+        "activations": model.activations * job.batch * (2 if precision == "32" else 1),
+    }
+    speed = APPROACHES[job.approach].speed
+    computing = model.flops * job.batch / (1e12 * PEAK[cluster.gpu][precision] * UTILISATION * speed)
+    others = (world - 1) / world
+    whole = model.encoder + model.language + model.experts / apart
+    gathered = 2 * others * whole * bytes_each if sharded > 1 else 0.0  # weights, for forward and for backward
+    reduced = (1 if sharded > 1 else 2) * others * 4 * model.trained
+    embeddings = 2 * others * world * job.batch * 512 * 4 if job.language == "none" else 0.0
+    exchanged = 0.0
+    if job.shard_experts and model.expert_layers:
+        tokens = job.batch * (TOKENS - 1 + CAPTION)
+        exchanged = 4 * others * tokens * model.width * bytes_each * model.expert_layers  # there and back, twice
+    seconds = {
+        "compute": computing,
+        "all-gather": (gathered + embeddings) / cluster.rate,
+        "all-reduce": reduced / cluster.rate,
+        "all-to-all": exchanged / cluster.rate,
+        "data": job.batch / (READ * cluster.workers),
+    }
+    exposed = max(0.0, seconds["all-reduce"] + seconds["all-gather"] - HIDDEN * computing) + seconds["all-to-all"]
+    step = max(computing + exposed, seconds["data"])
+    return {
+        "job": asdict(job) | {"precision": precision},
+        "cluster": asdict(cluster),
+        "parameters": {"encoder": model.encoder, "language": model.language, "experts": model.experts,
+                       "trained": model.trained},
+        "memory_gib": {name: value / 2**30 for name, value in memory.items()},
+        "memory_of_gpu": sum(memory.values()) / 1e9 / MEMORY[cluster.gpu],
+        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
+        "step_ms": 1e3 * step,
+        "bound_by": "data" if seconds["data"] >= computing + exposed else "links" if exposed > computing else "compute",
+        "pictures_per_second": world * job.batch / step,
+        "efficiency": max(computing, seconds["data"]) / step,
+        "estimated": not APPROACHES[job.approach].measured or cluster.gpu != "h100" or world > 1,
+    }  # fmt: skip
+
+
+def run(arguments: list[str]) -> int:
+    """Print the plan."""
+    options = _options(arguments)
+    if options.nodes < 1 or options.gpus_per_node < 1 or options.batch < 1 or options.workers < 1:
+        raise WlsupError("nodes, gpus-per-node, batch and workers must be at least 1.")
+    if options.experts and options.language == "none":
+        raise WlsupError("--experts are of a language model: name one by --language.")
+    if options.shard_experts and not options.experts:
+        raise WlsupError("--shard-experts needs --experts.")
+    job = Job(options.approach, options.encoder, options.language, options.experts, options.shard_experts,
+              options.batch, options.precision, options.strategy)  # fmt: skip
+    cluster = Cluster(options.nodes, options.gpus_per_node, options.gpu, options.link, options.intra, options.workers)
+    found = plan(job, cluster)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    gib, share = found["memory_gib"], found["memory_of_gpu"]
+    gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}"
+    print(f"{job.approach}, {job.encoder}, {job.batch} pictures a GPU, {gpus}")
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in gib.items())
+    cure = "lower --batch" + ("" if job.strategy == "fsdp" else ", or --strategy fsdp")
+    fits = "" if share <= 0.9 else f"; too much for {MEMORY[cluster.gpu]} GB: {cure}"
+    print(f"memory a GPU    {sum(gib.values()):.1f} GiB ({parts}){fits}")
+    terms = ", ".join(f"{name} {value:.1f}" for name, value in found["milliseconds"].items() if value)
+    print(f"a step          {found['step_ms']:.1f} ms, bound by {found['bound_by']} ({terms})")
+    print(f"pictures a s    {found['pictures_per_second']:,.0f}, efficiency {100 * found['efficiency']:.0f} %")
+    if found["estimated"]:
+        print("an estimate: links, other GPUs than the H100 and some approaches were not measured (docs/scale.md)")
+    return 0
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = CommandParser("plan-scale")
+    parser.add_argument("approach", nargs="?", default="full", choices=list(APPROACHES))
+    parser.add_argument("--encoder", default="vit_base", choices=list(ENCODERS))
+    parser.add_argument("--language", choices=list(LANGUAGE))
+    parser.add_argument("--experts", type=int, default=0)
+    parser.add_argument("--shard-experts", action="store_true")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=1)
+    parser.add_argument("--gpu", default="h100", choices=list(PEAK))
+    parser.add_argument("--precision", choices=["32", "16", "bf16"])
+    parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"])
+    parser.add_argument("--link", type=float, default=25.0)
+    parser.add_argument("--intra", type=float, default=150.0)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    options.language = options.language or ("gpt2" if options.approach == "magma" else "none")
+    options.precision = options.precision or ("16" if options.gpu == "v100" else "bf16")
+    return options
