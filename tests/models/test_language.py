@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from wlsup.errors import WlsupError
 from wlsup.models.caption_tokens import MINI_LANGUAGE
@@ -40,10 +41,10 @@ def test_every_family_that_is_admitted_is_tested():
 @pytest.mark.parametrize("family", FAMILIES)
 class TestFamilies:
     def test_logits_are_transformers_own_also_for_the_last_positions_only(self, folders, family):
-        language = open_family(folders, family)
+        language, theirs = open_family(folders, family), AutoModelForCausalLM.from_pretrained(folders[family])
         ids = torch.randint(7, 960, (2, 9))
         with torch.no_grad():
-            own = language.model(input_ids=ids).logits
+            own = theirs(input_ids=ids).logits
             ours = language(language.embed(ids))
             last = language(language.embed(ids), keep=3)
         assert ours.dtype == torch.float32
