@@ -31,7 +31,7 @@ def make_tokenizer(folder: Path, vocabulary: int = 960, scenes: int = 3000) -> d
     captions = [caption for group in caption_groups(scenes) for caption in group]
     tokenizer.train_from_iterator(captions, trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_COMMON).save_pretrained(folder)
+    _save(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_COMMON), folder)
     lengths = [len(ids.ids) for ids in tokenizer.encode_batch(captions)]
     return {
         "recipe": "byte-level BPE on captions of the train split, lower case",
@@ -40,6 +40,13 @@ def make_tokenizer(folder: Path, vocabulary: int = 960, scenes: int = 3000) -> d
         "longest_caption_tokens": max(lengths),
         "mean_caption_tokens": round(sum(lengths) / len(lengths), 2),
     }
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save it under the class's name that transformers 4 knows too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
 def _load(folder: Path) -> Tokenizer:
@@ -61,7 +68,7 @@ def save_text_tokenizer(folder: Path, target: Path) -> PreTrainedTokenizerFast:
         model_max_length=64,
         **_COMMON,
     )
-    fast.save_pretrained(target)
+    _save(fast, target)
     return fast
 
 
@@ -75,5 +82,5 @@ def save_language_tokenizer(folder: Path, target: Path) -> PreTrainedTokenizerFa
         padding_side="right",
         **_COMMON,
     )
-    fast.save_pretrained(target)
+    _save(fast, target)
     return fast
