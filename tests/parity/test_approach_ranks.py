@@ -42,6 +42,8 @@ CASES = {name: (name, {}) for name in APPROACHES} | {
         "magma_moe",
         {"prefix": DRY, "mixture": "ffn", "moe": MoESpec(experts=4, k=1, router="hash")},
     ),
+    "magma_moe, ffn": ("magma_moe", {"prefix": DRY, "mixture": "ffn", "moe": MoESpec(**MOE)}),
+    "magma_moe, hash": ("magma_moe", {"prefix": DRY, "moe": MoESpec(experts=4, k=1, router="hash")}),
     "magma_moe, bias": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**{**MOE, "balance": "bias", "bias_rate": 0.05})}),
 }
 WORDS = "red blue green square circle star left right above small large sand grass water night brick"
