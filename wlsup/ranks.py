@@ -66,7 +66,8 @@ def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
         count: () how many were added up; none at all on every rank give 0.
 
     Returns:
-        (), the same on all ranks.
+        () in the dtype of ``total``, the same on all ranks.
     """
-    total, count = global_sum(torch.stack([total, count.to(total)]))
-    return total / count.clamp(min=1)
+    # In double: half precision counts to 256 or 2,048 only.
+    everyones, number = global_sum(torch.stack([total.double(), count.double()]))
+    return (everyones / number.clamp(min=1)).to(total.dtype)
