@@ -155,7 +155,7 @@ def _grouped(rows: Tensor, ranked: Tensor, counts: Tensor, experts: Sequence[nn.
     # be uninitialised memory, in the backward pass too.
     owner = ranked.clamp_max(len(experts) - 1)
     ends = counts.cumsum(0).to(torch.int32)
-    ends[-1] = len(rows)
+    ends[-1:].fill_(len(rows))  # by index it would be a copy from the CPU, which waits
     # A bias by a product, not by indexing: the gradient of that is summed row by row, an expert after the other.
     whose = F.one_hot(owner, len(experts)).to(cast)
     outputs = _mlp(
