@@ -12,7 +12,8 @@ more than half of all experts are dead at the end: no held-out token goes to the
 The learning rates go from the recipe's own upwards to where training breaks. They, and more, were settled with results
 in sight, so the figures are no independent test (`CHOSEN`, which the table repeats).
 
-Hardware: CPU, one process a core, one thread each. Time: the JSON file has the seconds of each run. A run that is in the JSON file with the same settings is not run again.
+Hardware: CPU, one process a core, one thread each. Time: the JSON file has the seconds of each run. A run that is in
+the JSON file with the same settings is not run again.
 """
 
 from __future__ import annotations

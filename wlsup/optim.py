@@ -24,6 +24,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from wlsup.errors import WlsupError, choose
+from wlsup.sharding import any_sliced
 
 __all__ = ["OptimizerSpec", "build_optimizer", "build_schedule"]
 
@@ -124,10 +125,12 @@ def build_optimizer(spec: OptimizerSpec, groups: list[dict[str, Any]]) -> torch.
         raise WlsupError(
             "There is nothing to optimize: the plan trains no parameter. `wlsup inspect APPROACH` prints it."
         )
+    # torch's products over lists of tensors cannot hold slices of shared out tensors beside whole ones.
+    together = {"foreach": False} if any_sliced(p for group in groups for p in group["params"]) else {}
     if spec.name == "adamw":
-        return torch.optim.AdamW(groups, betas=tuple(spec.betas), eps=spec.eps)
+        return torch.optim.AdamW(groups, betas=tuple(spec.betas), eps=spec.eps, **together)
     if spec.name == "sgd":
-        return torch.optim.SGD(groups, lr=groups[0]["lr"], momentum=spec.momentum)
+        return torch.optim.SGD(groups, lr=groups[0]["lr"], momentum=spec.momentum, **together)
     lars = {"lr": groups[0]["lr"], "momentum": spec.momentum, "eps": spec.eps}
     if spec.name == "bolts_lars":
         return _bolts().LARS(groups, trust_coefficient=spec.trust_coefficient, **lars)

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wlsup"
-BOTTOM = {"batch", "checkpoint_file", "draws", "errors", "files", "plan", "optim", "ranks"}
+BOTTOM = {"batch", "checkpoint_file", "draws", "errors", "files", "plan", "optim", "ranks", "sharding"}
 METHODS = {"objectives", "adapters", "fusion", "moe", "reprogramming", "models", "selection"}
 ALLOWED = {
     "cli": {"cli", "approaches", "callbacks", "evaluation", "data", *METHODS, *BOTTOM},
@@ -23,7 +23,8 @@ ALLOWED = {
     "selection": {"selection", "batch", "errors", "ranks"},
     "objectives": {"objectives", "models", "batch", "draws", "errors", "ranks"},
     "plan": {"errors"},
-    "optim": {"errors"},
+    "optim": {"errors", "sharding"},
+    "sharding": {"errors"},
     "batch": {"draws"},
     "checkpoint_file": {"errors", "files"},
     "draws": {"ranks"},

@@ -60,7 +60,6 @@ def test_a_right_launch_passes(jsrun):
             "has no bfloat16 (that begins with sm_80): use",
         ),
         ({}, Asked(2, 6, "cpu", "16-mixed"), CPU, "needs a GPU: use 32-true or bf16-mixed"),
-        ({}, Asked(2, 6, "cpu", strategy="fsdp"), CPU, "needs GPUs: use ddp"),
     ],
 )
 def test_each_failure_is_one_sentence_with_its_cure(change, asked, machine, why, jsrun):

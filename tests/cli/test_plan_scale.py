@@ -1,6 +1,7 @@
 """The plan gives back what was measured, and its terms follow their formulas."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -60,12 +61,20 @@ def test_slower_links_and_more_nodes_never_help():
     assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1] > 0
 
 
-def test_fsdp_divides_what_is_held_and_gathers_weights():
-    job = Job("magma", language="gpt-j-6b")
+def test_fsdp_divides_language_model_and_experts_and_gathers_weights():
     cluster = Cluster(2, 4)
-    whole, apart = plan(job, cluster), plan(Job("magma", language="gpt-j-6b", strategy="fsdp"), cluster)
-    for part in ("weights", "gradients", "optimizer"):
-        assert apart["memory_gib"][part] == pytest.approx(whole["memory_gib"][part] / 8)
+    for experts in (0, 8):
+        job = Job("magma", language="gpt-j-6b", experts=experts)
+        whole, apart = plan(job, cluster), plan(replace(job, strategy="fsdp"), cluster)
+        encoder = 4 * size(job).encoder / 2**30
+        rest = whole["memory_gib"]["weights"] - encoder
+        assert apart["memory_gib"]["weights"] == pytest.approx(encoder + rest / 8)
+        for part in ("gradients", "optimizer"):
+            held = 4 if part == "gradients" else 8
+            saved = held * size(job).trained_experts * 7 / 8 / 2**30
+            assert apart["memory_gib"][part] == pytest.approx(whole["memory_gib"][part] - saved)
+    job = Job("magma", language="gpt-j-6b")
+    whole, apart = plan(job, cluster), plan(replace(job, strategy="fsdp"), cluster)
     assert apart["memory_gib"]["activations"] == whole["memory_gib"]["activations"]
     assert apart["milliseconds"]["all-gather"] > whole["milliseconds"]["all-gather"] == 0
     assert whole["memory_gib"]["weights"] > 11  # GPT-J's weights in half precision

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from wlsup.approaches import APPROACHES, approach_class
@@ -19,6 +20,7 @@ from wlsup.models.prefix import PrefixSpec
 from wlsup.moe import MoESpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec
+from wlsup.sharding import has_shards, leave_alone, shard
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -46,6 +48,12 @@ CASES = {name: (name, {}) for name in APPROACHES} | {
     "magma_moe, hash": ("magma_moe", {"prefix": DRY, "moe": MoESpec(experts=4, k=1, router="hash")}),
     "magma_moe, bias": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**{**MOE, "balance": "bias", "bias_rate": 0.05})}),
 }
+ONCE = MoESpec(experts=4, k=1, combine="renormalized", jitter=0.0, balance_weight=0.1)
+"""Its router learns by what it adds to the loss alone, and so without the mixture's output."""
+TO_SHARE = ("mae_lm", "linear_map", "magma", "magma_moe", "magma_moe, ffn")
+SHARDED = {f"{case}, shared out": CASES[case] for case in TO_SHARE}
+SHARDED |= {"magma_moe, renormalized, shared out": ("magma_moe", {"prefix": DRY, "moe": ONCE})}
+CASES |= SHARDED
 WORDS = "red blue green square circle star left right above small large sand grass water night brick"
 WORDS = WORDS.split(" ")
 
@@ -97,10 +105,15 @@ def made(name, options, batch):
     return approach
 
 
-def step(name, options, rank, world):
+def step(case, rank, world):
+    name, options = CASES[case]
     batch = pairs(rank, world)
     approach = made(name, options, batch)
     whole = Training(approach)
+    if world > 1 and case in SHARDED:
+        shard(approach.shardable, torch.device("cpu"))
+        assert has_shards(approach)
+        leave_alone(whole)
     module = DistributedDataParallel(whole) if world > 1 else whole
     share(11)
     torch.manual_seed(11)
@@ -108,7 +121,8 @@ def step(name, options, rank, world):
     losses["loss"].backward()
     unshare()
     found = {f"loss {part}": value.detach() for part, value in losses.items()}
-    found |= {f"gradient {n}": p.grad for n, p in approach.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad for n, p in approach.named_parameters() if p.grad is not None}
+    found |= {f"gradient {n}": g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
     found |= {f"score {n}": torch.tensor(v) for n, v in getattr(approach, "scores", {}).items()}
     return found
 
@@ -118,8 +132,8 @@ def work(rank, world, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
-    for number, (name, options) in enumerate(CASES.values()):
-        torch.save(step(name, options, rank, world), f"{folder}/{number}-{rank}.pt")
+    for number, case in enumerate(CASES):
+        torch.save(step(case, rank, world), f"{folder}/{number}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -135,7 +149,7 @@ def folder(tmp_path_factory, in_processes):
 def test_the_ranks_together_give_one_processs_loss_and_gradients(case, folder):
     number = list(CASES).index(case)
     ranks = [torch.load(folder / f"{number}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
-    whole = step(*CASES[case], 0, 1)
+    whole = step(case, 0, 1)
     assert any(name.startswith("gradient") for name in whole)
     gradients = [value.norm() for name, value in whole.items() if name.startswith("gradient")]
     least = 0.1 * float(torch.stack(gradients).norm())  # in fp32 a gradient next to nothing has no more digits

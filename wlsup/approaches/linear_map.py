@@ -107,6 +107,11 @@ class LinearMap(Approach):
         """The vision encoder and the language model."""
         return {**super().bases, "language": self.language.base}
 
+    @property
+    def shardable(self) -> list[nn.Module]:
+        """The language model's blocks."""
+        return list(self.language.blocks)
+
     def losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
         """Captioning behind the mapped picture."""
         captions = self.language.tokenizer(batch.captions, device=batch.images.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wlsup.approaches.base import Approach
 from wlsup.batch import CaptionBatch, VisionOutput
@@ -111,6 +111,11 @@ class MaeLM(Approach):
         if self.language is None:
             return {**super().bases, "tokenizer": self.tokenizer.base}
         return {**super().bases, "language": self.language.base}
+
+    @property
+    def shardable(self) -> list[nn.Module]:
+        """The blocks of the language model, where there is one."""
+        return [] if self.language is None else list(self.language.blocks)
 
     def losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
         """Masked reconstruction, and the captions told from the whole picture or from the visible patches."""

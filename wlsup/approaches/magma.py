@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wlsup.adapters.language import LanguageAdapters, LanguageAdapterSpec
 from wlsup.approaches.base import Approach
@@ -97,6 +97,11 @@ class Magma(Approach):
     def bases(self) -> dict[str, dict[str, str]]:
         """The vision encoder and the language model."""
         return {**super().bases, "language": self.language.base}
+
+    @property
+    def shardable(self) -> list[nn.Module]:
+        """The language model's blocks."""
+        return list(self.language.blocks)
 
     def losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
         """Captioning behind the mapped picture."""

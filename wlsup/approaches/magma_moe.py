@@ -157,6 +157,11 @@ class MagmaMoE(Approach):
         for router in routers:
             router.table.copy_(table)
 
+    @property
+    def shardable(self) -> list[nn.Module]:
+        """The language model's blocks, and the mixtures."""
+        return [*self.language.blocks, *(module for module in self.mixtures.modules() if isinstance(module, MoE))]
+
     def losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
         """Captioning behind the mapped picture, and what keeps the routers in order."""
         captions = self.language.tokenizer(batch.captions, device=batch.images.device)

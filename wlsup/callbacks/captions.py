@@ -23,6 +23,7 @@ from wlsup.evaluation.caption_table import samples_markdown
 from wlsup.evaluation.captions import score_captions
 from wlsup.evaluation.statistics import mean_over_pictures
 from wlsup.ranks import alone
+from wlsup.sharding import has_shards
 
 __all__ = ["Captioner", "Captions", "evaluate_captions"]
 
@@ -196,7 +197,8 @@ class Captions(Callback):
 
 
 def _captions_here(trainer: lightning.Trainer, module: lightning.LightningModule) -> bool:
-    return trainer.is_global_zero and hasattr(module, "caption") and hasattr(trainer.datamodule, "held_out")
+    here = trainer.is_global_zero or has_shards(module)  # of a shared out model all processes compute
+    return here and hasattr(module, "caption") and hasattr(trainer.datamodule, "held_out")
 
 
 def _generation(module: lightning.LightningModule) -> str:

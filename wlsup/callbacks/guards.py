@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from wlsup.errors import WlsupError
+from wlsup.sharding import gradient_norm
 
 __all__ = ["Guards", "spike_limit"]
 
@@ -161,11 +162,8 @@ class Guards(Callback):
 
 def _finite_norm(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the norm of all gradients is finite: one wait for the device."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
-    if not norms:
-        return True
-    return bool(torch.isfinite(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))))
+    norm = gradient_norm(parameter for group in optimizer.param_groups for parameter in group["params"])
+    return norm is None or bool(torch.isfinite(norm))
 
 
 def _say(count: int, message: str, *values: Any) -> None:

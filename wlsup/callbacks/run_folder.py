@@ -30,6 +30,7 @@ from wlsup.evaluation.task_table import print_task_table, task_markdown
 from wlsup.files import write_json, write_text
 from wlsup.plan import plan_markdown
 from wlsup.ranks import alone
+from wlsup.sharding import has_shards
 
 __all__ = ["FIRST_HYPERPARAMETERS", "RunFolder", "environment", "peak_memory", "processor_seconds"]
 
@@ -150,7 +151,8 @@ class RunFolder(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Have the approach measure what it is about beside k-NN, while it is still on its device."""
         self.memory = peak_memory()
-        if trainer.is_global_zero and hasattr(pl_module, "measure"):
+        here = trainer.is_global_zero or has_shards(pl_module)  # of a shared out model all processes compute
+        if here and hasattr(pl_module, "measure"):
             with alone():
                 self.task = pl_module.eval().measure(trainer.datamodule)
 

@@ -126,6 +126,11 @@ class Spectra(Callback):
         self.before: dict[str, LayerSpectrum] = {}
         self.along: list[dict[str, Any]] = []
 
+    @property
+    def reads_whole_weights(self) -> bool:
+        """Whether slices of shared out weights are of no use to it."""
+        return self.enabled
+
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Find out before training, not after it, whether weightwatcher is there."""
         if self.enabled:

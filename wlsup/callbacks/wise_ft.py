@@ -126,6 +126,11 @@ class WiseFT(Callback):
         self.options |= {"num_workers": num_workers, "resamples": bootstrap_resamples, "probe": probe}
         self.results: dict[str, Any] = {}
 
+    @property
+    def reads_whole_weights(self) -> bool:
+        """Whether slices of shared out weights are of no use to it."""
+        return self.enabled
+
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Have the approach remember where training starts; refuse one that leaves its encoder alone."""
         if self.enabled and stage == "fit":

@@ -41,6 +41,7 @@ from wlsup.cli.lacking import refuse_what_lacks
 from wlsup.cli.launch_check import check_this_launch
 from wlsup.cli.loggers import run_loggers
 from wlsup.cli.recipes import approach_named_in
+from wlsup.cli.sharded_strategy import ShardedStrategy
 from wlsup.cli.training import RUN_DIR, resumption
 from wlsup.errors import WlsupError
 
@@ -104,6 +105,8 @@ class WlsupCLI(LightningCLI):
         if environment is not None and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
             plugins = [*plugins, environment]
         kwargs["plugins"] = plugins
+        if self.config.trainer.strategy == "fsdp":
+            kwargs["strategy"] = ShardedStrategy()
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> lightning.Trainer:

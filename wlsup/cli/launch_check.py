@@ -239,8 +239,6 @@ def _devices(environ: Mapping[str, str], asked: Asked, machine: Machine, where: 
     """What is wrong with this process's GPU."""
     granted = environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1", "NoDevFiles")
     if not asked.on_gpu(machine):
-        if asked.strategy.startswith("fsdp"):
-            return f"trainer.strategy {asked.strategy!r} needs GPUs: use ddp on CPUs."
         if where is None or asked.accelerator != "auto" or not granted:
             return None
         return (

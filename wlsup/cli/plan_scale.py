@@ -32,7 +32,7 @@ Say what a run would take: memory a GPU, seconds a step by term, efficiency agai
   --gpus-per-node N     (1)
   --gpu NAME            v100 | a100 | h100 (h100)
   --precision P         32 | 16 | bf16 (bf16; a V100 has none: 16)
-  --strategy S          ddp | fsdp (ddp)
+  --strategy S          ddp | fsdp (ddp): whether the language model and experts are shared out over the GPUs
   --link GB/s           of a node to the others (25: two EDR InfiniBand rails)
   --intra GB/s          of a GPU to the others of its node (150: NVLink)
   --workers N           loader processes a GPU (8)
@@ -119,7 +119,8 @@ class Model:
         encoder: parameters of the vision encoder.
         language: of the frozen language model, without experts.
         experts: of all experts but the one that the dense model has.
-        trained: all that trains.
+        trained: all that trains, but for the experts.
+        trained_experts: all experts.
         flops: of a step, a picture.
         activations: bytes a picture.
         expert_layers: mixtures in the language model.
@@ -130,6 +131,7 @@ class Model:
     language: float
     experts: float
     trained: float
+    trained_experts: float
     flops: float
     activations: float
     expert_layers: int
@@ -185,7 +187,7 @@ def size(job: Job) -> Model:
     width, depth = ENCODERS[job.encoder]
     encoder, forward = transformer(width, depth, TOKENS)
     flops, activations = approach.work * forward, approach.memory * ACTIVATION * TOKENS * width * depth
-    trained, language, experts, layers = approach.trained * encoder, 0.0, 0.0, 0
+    trained, language, experts, trained_experts, layers = approach.trained * encoder, 0.0, 0.0, 0.0, 0
     wide, deep, vocabulary = LANGUAGE[job.language]
     if wide:
         positions = TOKENS - 1 + CAPTION
@@ -197,12 +199,12 @@ def size(job: Job) -> Model:
         if job.experts:
             layers = deep // 2
             experts = (job.experts - 1) * layers * 8 * wide**2
-            trained += job.experts * layers * 8 * wide**2
+            trained_experts = job.experts * layers * 8 * wide**2
             flops += layers * 2 * 8 * wide**2 * positions  # the weights' own gradients
     else:
         text_width, text_depth, text_tokens = TEXT
         flops += transformer(text_width, text_depth, text_tokens)[1]
-    return Model(encoder, language, experts, trained, flops, activations, layers, wide)
+    return Model(encoder, language, experts, trained, trained_experts, flops, activations, layers, wide)
 
 
 def plan(job: Job, cluster: Cluster) -> dict[str, Any]:
@@ -218,19 +220,19 @@ def plan(job: Job, cluster: Cluster) -> dict[str, Any]:
     apart = world if job.shard_experts else 1
     text = 0.0 if job.language != "none" else 63.4e6
     frozen_bytes = bytes_each if job.language != "none" else 4  # a large frozen model is loaded in half precision
-    held = (model.encoder + text) * 4 + model.language * frozen_bytes + model.experts * 4 / apart
+    large = model.language * frozen_bytes + model.experts * 4 / apart  # what FSDP shares out
+    trained = model.trained + model.trained_experts / sharded
     memory = {
-        "weights": held / sharded,
-        "gradients": 4 * model.trained / sharded,
-        "optimizer": 8 * model.trained / sharded,
+        "weights": (model.encoder + text) * 4 + large / sharded,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
         "activations": model.activations * job.batch * (2 if precision == "32" else 1),
     }
     speed = APPROACHES[job.approach].speed
     computing = model.flops * job.batch / (1e12 * PEAK[cluster.gpu][precision] * UTILISATION * speed)
     others = (world - 1) / world
-    whole = model.encoder + model.language + model.experts / apart
-    gathered = 2 * others * whole * bytes_each if sharded > 1 else 0.0  # weights, for forward and for backward
-    reduced = (1 if sharded > 1 else 2) * others * 4 * model.trained
+    gathered = 2 * others * large if sharded > 1 else 0.0  # weights, for forward and for backward
+    reduced = others * 4 * (2 * model.trained + (1 if sharded > 1 else 2) * model.trained_experts)
     embeddings = 2 * others * world * job.batch * 512 * 4 if job.language == "none" else 0.0
     exchanged = 0.0
     if job.shard_experts and model.expert_layers:
@@ -249,7 +251,7 @@ def plan(job: Job, cluster: Cluster) -> dict[str, Any]:
         "job": asdict(job) | {"precision": precision},
         "cluster": asdict(cluster),
         "parameters": {"encoder": model.encoder, "language": model.language, "experts": model.experts,
-                       "trained": model.trained},
+                       "trained": model.trained + model.trained_experts},
         "memory_gib": {name: value / 2**30 for name, value in memory.items()},
         "memory_of_gpu": sum(memory.values()) / 1e9 / MEMORY[cluster.gpu],
         "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
@@ -266,8 +268,9 @@ def run(arguments: list[str]) -> int:
     options = _options(arguments)
     if options.nodes < 1 or options.gpus_per_node < 1 or options.batch < 1 or options.workers < 1:
         raise WlsupError("nodes, gpus-per-node, batch and workers must be at least 1.")
-    if options.experts and options.language == "none":
-        raise WlsupError("--experts are of a language model: name one by --language.")
+    if options.language == "none" and (options.experts or options.strategy == "fsdp"):
+        asked = "--experts are of" if options.experts else "--strategy fsdp shares out"
+        raise WlsupError(f"{asked} a language model: name one by --language.")
     if options.shard_experts and not options.experts:
         raise WlsupError("--shard-experts needs --experts.")
     job = Job(options.approach, options.encoder, options.language, options.experts, options.shard_experts,
@@ -281,7 +284,7 @@ def run(arguments: list[str]) -> int:
     gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}"
     print(f"{job.approach}, {job.encoder}, {job.batch} pictures a GPU, {gpus}")
     parts = ", ".join(f"{name} {value:.1f}" for name, value in gib.items())
-    cure = "lower --batch" + ("" if job.strategy == "fsdp" else ", or --strategy fsdp")
+    cure = "lower --batch" + (", or --strategy fsdp" if job.strategy == "ddp" and job.language != "none" else "")
     fits = "" if share <= 0.9 else f"; too much for {MEMORY[cluster.gpu]} GB: {cure}"
     print(f"memory a GPU    {sum(gib.values()):.1f} GiB ({parts}){fits}")
     terms = ", ".join(f"{name} {value:.1f}" for name, value in found["milliseconds"].items() if value)
