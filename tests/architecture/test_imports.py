@@ -7,14 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wlsup"
-BOTTOM = {"batch", "checkpoint_file", "draws", "errors", "files", "plan", "optim", "ranks", "sharding"}
+BOTTOM = {"batch", "checkpoint_file", "draws", "errors", "files", "plan", "optim", "ranks", "sharding", "waiting"}
 METHODS = {"objectives", "adapters", "fusion", "moe", "reprogramming", "models", "selection"}
 ALLOWED = {
     "cli": {"cli", "approaches", "callbacks", "evaluation", "data", *METHODS, *BOTTOM},
     "approaches": {"approaches", *METHODS, *BOTTOM},
     "callbacks": {"callbacks", "evaluation", "objectives", *BOTTOM},
-    "evaluation": {"evaluation", "batch", "errors", "files", "ranks"},
-    "data": {"data", "batch", "errors", "files"},
+    "evaluation": {"evaluation", "batch", "errors", "files", "ranks", "waiting"},
+    "data": {"data", "batch", "errors", "files", "waiting"},
     "models": {"models", "batch", "draws", "errors", "files", "plan"},
     "adapters": {"adapters", "batch", "errors", "plan"},
     "fusion": {"fusion", "adapters", "batch", "errors", "plan"},
@@ -25,6 +25,7 @@ ALLOWED = {
     "plan": {"errors"},
     "optim": {"errors", "sharding"},
     "sharding": {"errors"},
+    "waiting": {"errors"},
     "batch": {"draws"},
     "checkpoint_file": {"errors", "files"},
     "draws": {"ranks"},

@@ -6,6 +6,10 @@ import time
 
 import pytest
 
+from wlsup.batch import ImageSpec
+from wlsup.data.datamodule import CaptionDataModule
+from wlsup.data.feature_cache import FeatureCache
+from wlsup.data.image_datamodule import ImageDataModule
 from wlsup.data.loader import make_loader
 from wlsup.data.sampler import EpochSampler
 from wlsup.errors import WlsupError
@@ -72,3 +76,18 @@ def test_a_handler_of_alarms_is_put_back():
     before = signal.getsignal(signal.SIGALRM)
     assert len(read(lambda: None, 0, 5)) == 4
     assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_cache_of_features_does_not_wait_for_ever_either():
+    with pytest.raises(WlsupError, match="No batch came in 1 s"):
+        FeatureCache().fill(Source(stall), lambda images: None, "cpu", batch_size=8, patience=1)
+
+
+@pytest.mark.parametrize("module", [ImageDataModule, CaptionDataModule])
+def test_both_data_modules_wait_as_long_as_they_are_told(module):
+    data = module(batch_size=4, patience=7.0)
+    data.image_spec = ImageSpec(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    data.setup()
+    assert data.train_dataloader().patience == 7.0
+    with pytest.raises(WlsupError, match="patience=-1"):
+        module(batch_size=4, patience=-1.0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -174,3 +177,21 @@ def test_parts_of_different_widths_do_not_merge():
     wide = extract_features(lambda images: images.flatten(1), Pictures(3))
     with pytest.raises(WlsupError, match=r"one width, not \[2, 48\]"):
         merge_features([narrow, wide])
+
+
+class Stalled(Pictures):
+    """Its third picture never comes."""
+
+    def __getitem__(self, index: int):
+        if index == 2:
+            read, _ = os.pipe()
+            os.read(read, 1)  # nobody ever writes
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_that_never_come_end_in_a_sentence(workers):
+    started = time.monotonic()
+    with pytest.raises(WlsupError, match=r"No batch came in 1 s.*--resume auto"):
+        extract_features(lambda x: x.flatten(1), Stalled(4), batch_size=2, num_workers=workers, patience=1)
+    assert time.monotonic() - started < 30

@@ -17,7 +17,7 @@ from wlsup.data.dataset import CaptionDataset, PictureDataset
 from wlsup.data.decoders import available_decoders, check_decoder, decoders_used
 from wlsup.data.evalsets import EvalSetSpec, build_eval_set, check_eval_sets, locate_eval_set
 from wlsup.data.feature_cache import CachedDataset, cache_of
-from wlsup.data.loader import PATIENCE, BatchLoader, make_loader
+from wlsup.data.loader import BatchLoader, make_loader
 from wlsup.data.replay import ReplayDataset, check_replay, replay_pictures
 from wlsup.data.sampler import EpochSampler
 from wlsup.data.sources import CaptionSource, SourceRequest, check_source, load_source
@@ -25,6 +25,7 @@ from wlsup.data.stores import check_path
 from wlsup.data.subset import hash_positions, manifest_sha256, read_manifest, split_positions, write_manifest
 from wlsup.data.transforms import EvalTransform, TrainTransform
 from wlsup.errors import WlsupError
+from wlsup.waiting import PATIENCE
 
 __all__ = ["DEFAULT_EVAL_SETS", "CaptionDataModule", "KeyedDataModule"]
 
@@ -42,15 +43,24 @@ class KeyedDataModule(lightning.LightningDataModule, ABC):
         seed: of order and augmentation.
         max_bad_fraction: stop when more than this fraction of the pictures cannot be had or read.
         decoder: what decodes JPEGs in training.
+        patience: seconds to wait for one batch before the run ends and says so, 0 for ever.
 
     Raises:
         WlsupError: if a setting is out of range.
     """
 
     def __init__(
-        self, batch_size: int, num_workers: int, seed: int, max_bad_fraction: float, decoder: str = "auto"
+        self,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        max_bad_fraction: float,
+        decoder: str = "auto",
+        patience: float = PATIENCE,
     ) -> None:
         super().__init__()
+        if patience < 0:
+            raise WlsupError(f"patience={patience:g}: give seconds >= 0.")
         if batch_size < 1 or num_workers < 0:
             raise WlsupError(
                 f"batch_size={batch_size}, num_workers={num_workers}: give batch_size >= 1, num_workers >= 0."
@@ -63,7 +73,7 @@ class KeyedDataModule(lightning.LightningDataModule, ABC):
         self.decoder = check_decoder(decoder)
         self.bad = BadSampleCounter(max_bad_fraction)
         self.image_spec: ImageSpec | None = None
-        self.patience = PATIENCE
+        self.patience = patience
 
     @abstractmethod
     def check_files(self) -> None:
@@ -213,10 +223,7 @@ class CaptionDataModule(KeyedDataModule):
         cache_features: bool = False,
         patience: float = PATIENCE,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, max_bad_fraction, decoder)
-        if patience < 0:
-            raise WlsupError(f"patience={patience:g}: give seconds >= 0.")
-        self.patience = patience
+        super().__init__(batch_size, num_workers, seed, max_bad_fraction, decoder, patience)
         self.replay = "mini" if replay is None and source == "mini" else replay
         self.cache_features = cache_features
         self._caches: dict[str, CachedDataset] = {}
@@ -352,7 +359,7 @@ class CaptionDataModule(KeyedDataModule):
                 source.keys, source.captions, source.pictures, EvalTransform(spec), spec, self.seed
             )
             module = None if self.trainer is None else self.trainer.lightning_module
-            cache = cache_of(module, dataset, self.batch_size, self.num_workers, self.note)
+            cache = cache_of(module, dataset, self.batch_size, self.num_workers, self.note, self.patience)
             self._caches[part] = CachedDataset(cache, dataset, training=part == "train")
         return self._caches[part]
 

@@ -20,6 +20,7 @@ from wlsup.data.keyed import keyed_random
 from wlsup.data.loader import make_loader
 from wlsup.data.sampler import EpochSampler
 from wlsup.errors import WlsupError
+from wlsup.waiting import PATIENCE
 
 __all__ = ["CachedDataset", "FeatureCache", "cache_of"]
 
@@ -54,6 +55,7 @@ class FeatureCache:
         batch_size: int = 256,
         num_workers: int = 0,
         note: Callable[[Any], None] | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         """Encode every picture that can be read.
 
@@ -64,13 +66,14 @@ class FeatureCache:
             batch_size: pictures a forward pass.
             num_workers: processes that read pictures.
             note: called with each batch, to count what could not be read.
+            patience: seconds to wait for one batch.
 
         Raises:
             WlsupError: the features would not fit into memory.
         """
         sampler = EpochSampler(len(dataset), batch_size=batch_size, shuffle=False)
         done = 0
-        for batch in make_loader(dataset, sampler, batch_size, num_workers, note):
+        for batch in make_loader(dataset, sampler, batch_size, num_workers, note, patience):
             output = encode(batch.images.to(device))
             if self._pooled is None:
                 self._make(len(dataset), output)
@@ -105,7 +108,12 @@ class FeatureCache:
 
 
 def cache_of(
-    module: Any, dataset: CaptionDataset, batch_size: int, num_workers: int, note: Callable[[Any], None]
+    module: Any,
+    dataset: CaptionDataset,
+    batch_size: int,
+    num_workers: int,
+    note: Callable[[Any], None],
+    patience: float = PATIENCE,
 ) -> FeatureCache:
     """Fill a cache with what an approach's encoder makes of a data set's pictures.
 
@@ -115,6 +123,7 @@ def cache_of(
         batch_size: pictures a forward pass.
         num_workers: processes that read pictures.
         note: called with each batch, to count what could not be read.
+        patience: seconds to wait for one batch.
 
     Raises:
         WlsupError: there is no approach, it changes its encoder, or it needs the pictures themselves.
@@ -130,7 +139,7 @@ def cache_of(
     training = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        cache.fill(dataset, module.encoder, module.device, batch_size, num_workers, note)
+        cache.fill(dataset, module.encoder, module.device, batch_size, num_workers, note, patience)
     finally:
         for part, was in training:
             part.training = was

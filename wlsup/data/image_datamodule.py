@@ -10,6 +10,7 @@ from wlsup.data.stores import JoinedStore, check_path, open_store
 from wlsup.data.subset import split_by_hash
 from wlsup.data.transforms import EvalTransform, TrainTransform
 from wlsup.errors import WlsupError
+from wlsup.waiting import PATIENCE
 
 __all__ = ["ImageDataModule"]
 
@@ -34,6 +35,7 @@ class ImageDataModule(KeyedDataModule):
         crop_scale: lowest and highest area fraction of the crop.
         horizontal_flip: flip half the pictures.
         max_bad_fraction: stop when more than this fraction of the pictures cannot be read.
+        patience: seconds to wait for one batch before the run ends and says so, 0 for ever.
 
     Attributes:
         image_spec: set it, or attach a trainer whose module has one.
@@ -53,8 +55,9 @@ class ImageDataModule(KeyedDataModule):
         crop_scale: tuple[float, float] = (0.2, 1.0),
         horizontal_flip: bool = True,
         max_bad_fraction: float = 0.05,
+        patience: float = PATIENCE,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, max_bad_fraction)
+        super().__init__(batch_size, num_workers, seed, max_bad_fraction, patience=patience)
         self.images = images
         self.pictures = pictures
         self.validation_pictures = validation_pictures

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,11 +11,9 @@ from torch.utils.data import DataLoader
 
 from wlsup.data.sampler import EpochSampler
 from wlsup.errors import WlsupError
+from wlsup.waiting import END, PATIENCE, next_in_time
 
-__all__ = ["PATIENCE", "BatchLoader", "Failure", "make_loader"]
-
-PATIENCE = 900.0
-"""Seconds that a run waits for one batch, unless told otherwise."""
+__all__ = ["BatchLoader", "Failure", "make_loader"]
 
 
 @dataclass
@@ -69,7 +62,7 @@ class BatchLoader(DataLoader):
             self.sampler.start = self._batches * (self.batch_size or 1)
         batches = super().__iter__()
         try:
-            while (batch := self._next(batches)) is not _END:
+            while (batch := next_in_time(batches, self.num_workers, self.patience)) is not END:
                 if isinstance(batch, Failure):
                     raise WlsupError(batch.message)
                 self._batches += 1
@@ -80,23 +73,6 @@ class BatchLoader(DataLoader):
         except Exception:
             # At once: workers that the garbage collector finds later may wait out a timeout of five seconds each.
             self._stop_workers(batches)
-            raise
-
-    def _next(self, batches: Any) -> Any:
-        """Return the next batch, or `_END`.
-
-        Raises:
-            WlsupError: a worker was killed, or there was no batch in time.
-        """
-        try:
-            with _alarm(0.0 if self.num_workers else self.patience):
-                return next(batches, _END)
-        except RuntimeError as error:
-            told = f"{error.__cause__} {error}"
-            if killed := re.search(r"is killed by signal: ([^.]+)|exited unexpectedly", told):
-                raise WlsupError(_lost(killed[1], self.num_workers)) from error
-            if "timed out" in str(error):
-                raise WlsupError(_stalled(self.patience)) from error
             raise
 
     def _stop_workers(self, batches: Any) -> None:
@@ -111,53 +87,6 @@ class BatchLoader(DataLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next iteration after the batches that ``state`` counts."""
         self._resume = dict(state)
-
-
-_END = object()
-
-
-def _lost(by: str | None, workers: int) -> str:
-    """Return the sentence for a worker that is gone, by a signal or of itself."""
-    if by is not None and by not in ("Killed", "SIGKILL"):
-        return (
-            f"A process that reads pictures died of {by}, as a library that decodes them can. "
-            "--data.num_workers 0 reads in this process, and shows where; then go on with --resume auto."
-        )
-    how = "was killed" if by else "ended unexpectedly"
-    return (
-        f"A process that reads pictures {how}, as the system does to the largest one when memory runs out. "
-        f"Lower data.num_workers (now {workers}) or ask for more memory, and go on with --resume auto."
-    )
-
-
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer, where the system can.
-
-    Raises:
-        WlsupError: it took longer.
-    """
-    if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise WlsupError(_stalled(seconds))
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _stalled(seconds: float) -> str:
-    return (
-        f"No batch came in {seconds:g} s: what holds the pictures does not answer. Look at that file system, and go on "
-        "with --resume auto; data.patience says how long a run waits."
-    )
 
 
 def make_loader(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wlsup.errors import WlsupError
 from wlsup.ranks import processes
+from wlsup.waiting import END, PATIENCE, next_in_time
 
 __all__ = ["Features", "extract_features", "merge_features", "shared_features"]
 
@@ -48,6 +49,7 @@ def extract_features(
     normalize: bool = True,
     sampler: Sampler | None = None,
     progress: Callable[[int, int], None] | None = None,
+    patience: float = PATIENCE,
 ) -> Features:
     """Run ``extractor`` once over a data set.
 
@@ -66,12 +68,14 @@ def extract_features(
         sampler: which positions to visit, in which order; None for all. Positions visited more than once, as a padded
             `DistributedSampler` does, count once. See `merge_features` for putting the processes' parts together.
         progress: called with (pictures done, pictures to do) after each batch.
+        patience: seconds to wait for one batch, 0 for ever.
 
     Returns:
         Features, ordered by position.
 
     Raises:
-        WlsupError: if the set is empty, no picture could be read, or items or features are not as above.
+        WlsupError: if the set is empty, no picture could be read, none came in time, or items or features are not as
+            above.
     """
     device = torch.device(device)
     size = len(dataset)
@@ -83,6 +87,7 @@ def extract_features(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
+        timeout=patience if num_workers else 0,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # DataLoader draws a seed at every start: not from the training's random state
@@ -92,7 +97,8 @@ def extract_features(
     seen = torch.zeros(size, dtype=torch.bool)
     skipped: dict[int, str] = {}
     done = 0
-    for batch in loader:
+    batches = iter(loader)
+    while (batch := next_in_time(batches, num_workers, patience)) is not END:
         if isinstance(batch, WlsupError):
             raise batch
         indices, images, batch_labels, unreadable, visited = batch
