@@ -41,7 +41,7 @@ pretrain-mini: $(BIN)/.installed ## make the mini models again (vision, text, LM
 	$(BIN)/python experiments/pretrain_mini.py --out wlsup/assets/mini
 
 # one thread a process: the models are small, and processes that share cores by threads only wait for one another
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 --durations-min 5
 
 test: $(BIN)/.installed ## the fast tests, in JOBS=2 processes
 	$(PYTEST) -m "not slow and not multiprocess and not browser and not bolts"

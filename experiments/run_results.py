@@ -134,17 +134,17 @@ def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) 
         "Change of k-NN accuracy against the pretrained encoder, in points: mean over seeds, and its 95 % interval",
         "over seeds (Student's t). In domain and out of domain are means over their sets. Bold: the interval excludes",
         "0. A dash: the encoder is not trained, so its k-NN accuracy cannot change. Core s: seconds of computing,",
-        "added up over cores, whatever else the machine was doing. (pictures): of one seed, over its",
-        "test pictures.",
+        "added up over cores, whatever else the machine was doing. Steps: of 64 pairs each, unless a recipe says",
+        "otherwise; fewer where a language model makes each dear. (pictures): of one seed, over its test pictures.",
         f"Protocol: {PROTOCOL}.",
         "",
-        "| approach | seeds | in domain | out of domain | trained | core s | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| approach | seeds | steps | in domain | out of domain | trained | core s | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         share = 100 * row["parameters"]["trained"] / row["parameters"]["total"]
         lines.append(
-            f"| `{row['approach']}` | {len(row['seeds'])} | {_points(row['in_domain_delta'])} "
+            f"| `{row['approach']}` | {len(row['seeds'])} | {row['steps']} | {_points(row['in_domain_delta'])} "
             f"| {_points(row['out_of_domain_delta'])} | {row['parameters']['trained']:,} ({share:.1f} %) "
             f"| {row['processor_seconds']:.0f} | {row['peak_resident_mib']:,.0f} |"
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from wlsup.callbacks.captions import undisturbed
+from wlsup.callbacks.undisturbed import undisturbed
 from wlsup.draws import per_sample, shared
 from wlsup.objectives.distributed import meet
 from wlsup.ranks import alone, global_sum, mean_over_ranks, processes

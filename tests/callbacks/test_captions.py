@@ -12,8 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from wlsup.approaches.linear_map import LinearMap
 from wlsup.approaches.mae_lm import MaeLM
 from wlsup.batch import CaptionBatch, EvalSet
-from wlsup.callbacks.captions import Captions, evaluate_captions, undisturbed
+from wlsup.callbacks.captions import Captions, evaluate_captions
 from wlsup.callbacks.knn import KNN
+from wlsup.callbacks.undisturbed import undisturbed
 from wlsup.data.datamodule import CaptionDataModule
 from wlsup.errors import WlsupError
 from wlsup.evaluation.captions import score_captions

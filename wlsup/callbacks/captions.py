@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -17,12 +14,12 @@ from torch import Tensor
 
 from wlsup.batch import CaptionBatch
 from wlsup.callbacks.progress import progress
+from wlsup.callbacks.undisturbed import undisturbed
 from wlsup.errors import WlsupError
 from wlsup.evaluation.caption_pictures import caption_grid
 from wlsup.evaluation.caption_table import samples_markdown
 from wlsup.evaluation.captions import score_captions
 from wlsup.evaluation.statistics import mean_over_pictures
-from wlsup.ranks import alone
 from wlsup.sharding import has_shards
 
 __all__ = ["Captioner", "Captions", "evaluate_captions"]
@@ -103,23 +100,6 @@ def _caption_loss(module: torch.nn.Module, image: Tensor, key: str, captions: li
     many = len(captions)
     loss = module.losses(CaptionBatch(image.expand(many, -1, -1, -1), captions, [key] * many)).get("captioning")
     return None if loss is None else float(loss)
-
-
-@contextmanager
-def undisturbed(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluate on rank 0 without a trace: eval mode, no gradients; modes and all random states are put back after."""
-    device = next(module.parameters()).device
-    modes = [(child, child.training) for child in module.modules()]
-    python, numpy = random.getstate(), np.random.get_state()
-    module.eval()
-    try:
-        with alone(), torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for child, training in modes:
-            child.training = training
 
 
 class Captions(Callback):

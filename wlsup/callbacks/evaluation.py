@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from wlsup.batch import CaptionBatch, EvalSet, ImageSpec
-from wlsup.callbacks.captions import undisturbed
 from wlsup.callbacks.knn import KNN, When
 from wlsup.callbacks.progress import progress
+from wlsup.callbacks.undisturbed import undisturbed
 from wlsup.evaluation.classes import examples, file_name
 from wlsup.evaluation.evaluation_table import evaluation_markdown
 from wlsup.evaluation.features import Features, extract_features

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from wlsup.batch import EvalSet, ImageSpec
-from wlsup.callbacks.captions import undisturbed
 from wlsup.callbacks.progress import progress
+from wlsup.callbacks.undisturbed import undisturbed
 from wlsup.errors import WlsupError
 from wlsup.evaluation.features import extract_features
 

@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from wlsup.batch import EvalSet
-from wlsup.callbacks.captions import undisturbed
 from wlsup.callbacks.progress import progress
 from wlsup.callbacks.run_folder import RunFolder
+from wlsup.callbacks.undisturbed import undisturbed
 from wlsup.errors import WlsupError
 from wlsup.evaluation.figures.saving import save_figure
 from wlsup.evaluation.figures.wise_ft import draw_wise_ft

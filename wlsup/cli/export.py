@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -138,7 +139,12 @@ def _export(folder: Path, out: Path, alpha: float, options: argparse.Namespace) 
             "there is no encoder to export; --adapter-only writes what it trained beside it."
         )
     if alpha != 1:
-        module.start.check(module)
+        if not module.start.check(module):
+            print(
+                "warning: this run's checkpoint does not say where training started (it is of an older version), so "
+                f"alpha {alpha:g} is taken from the start that its configuration and seed make here, unchecked.",
+                file=sys.stderr,
+            )
         state = module.state_dict()
         end = {name: state[name].detach().clone() for name in module.start.tensors}
         load_tensors(module, interpolate(module.start.tensors, end, alpha, module.start.held))

@@ -32,8 +32,6 @@ VARIANTS: dict[str, Variant] = {
         (
             "imagenetv2-matched-frequency-format-val",
             "imagenetv2-matched-frequency",
-            "imagenetv2-threshold0.7-format-val",
-            "imagenetv2-top-images-format-val",
         ),
         numbered=True,
     ),

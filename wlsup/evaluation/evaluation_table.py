@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from wlsup.evaluation.table import percent, points
+
 __all__ = ["evaluation_markdown", "evaluation_text", "print_evaluation"]
 
 _HEADERS = ("set", "domain", "measured", "pretrained", "fine-tuned", "change", "")
@@ -68,8 +70,8 @@ def _rows(results: Mapping[str, Any]) -> list[_Cells]:
         for direction in ("image_to_text", "text_to_image"):
             for k, value in retrieval[direction].items():
                 what = f"{direction.replace('_', ' ')} R@{k}, %"
-                value = _percent(value) + " " + _limits(retrieval["ci95"][direction][k], _percent)
-                chance = f"chance {_percent(retrieval['chance'][k])}"
+                value = percent(value) + " " + _limits(retrieval["ci95"][direction][k], percent)
+                chance = f"chance {percent(retrieval['chance'][k])}"
                 rows.append((f"{retrieval['pairs']} held-out pairs", "", what, "-", value, chance, ""))
     return rows
 
@@ -81,8 +83,8 @@ def _set_rows(entry: Mapping[str, Any]) -> list[_Cells]:
     for name, by_shots in entry.get("few_shot", {}).items():
         rows += [_row(f"{k}-shot {name}, %", one) for k, one in by_shots.items()]
     if zero := entry.get("zero_shot"):
-        value = f"{_percent(zero['accuracy'])} {_limits(zero['ci95'], _percent)}"
-        rows.append(("zero-shot, %", "-", value, f"chance {_percent(zero['chance'])}", ""))
+        value = f"{percent(zero['accuracy'])} {_limits(zero['ci95'], percent)}"
+        rows.append(("zero-shot, %", "-", value, f"chance {percent(zero['chance'])}", ""))
     for source, scores in entry.get("calibration", {}).items():
         for score, what in _CALIBRATION.items():
             if score in scores:
@@ -97,12 +99,12 @@ def _set_rows(entry: Mapping[str, Any]) -> list[_Cells]:
 
 
 def _row(what: str, one: Mapping[str, Any], plain: bool = False, lower: bool = False) -> _Cells:
-    show = "{:.3f}".format if plain else _percent
+    show = "{:.3f}".format if plain else percent
     cells = [what, f"{show(one['pretrained'])} {_limits(one['pretrained_ci95'], show)}"]
     if "finetuned" not in one:
         return (*cells, "", "", "")
     cells.append(f"{show(one['finetuned'])} {_limits(one['finetuned_ci95'], show)}")
-    signed = "{:+.3f}".format if plain else _points
+    signed = "{:+.3f}".format if plain else points
     cells.append(f"{signed(one['delta'])} {_limits(one['ci95'], signed)}")
     low, high = one["ci95"]
     up, down = ("worse", "better") if lower else ("better", "worse")
@@ -119,7 +121,7 @@ def _class_lines(results: Mapping[str, Any]) -> list[str]:
         for verdict in ("helped", "hurt"):
             sure = [row for row in rows if row["verdict"] == verdict]
             sure = sure if verdict == "helped" else sure[::-1]
-            told = [f"{one['class']} {_points(one['delta'])} {_limits(one['ci95'], _points)}" for one in sure[:5]]
+            told = [f"{one['class']} {points(one['delta'])} {_limits(one['ci95'], points)}" for one in sure[:5]]
             more = f" and {len(sure) - 5} more" if len(sure) > 5 else ""
             if told:
                 lines.append(f"{name}: {verdict} (Holm over {len(rows)} classes): {', '.join(told)}{more}")
@@ -128,12 +130,3 @@ def _class_lines(results: Mapping[str, Any]) -> list[str]:
 
 def _limits(interval: Any, show: Any) -> str:
     return f"[{show(interval[0])}, {show(interval[1])}]"
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
-
-
-def _points(fraction: float) -> str:
-    points = f"{100 * fraction:+.1f}"
-    return "0.0" if points in ("+0.0", "-0.0") else points

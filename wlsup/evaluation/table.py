@@ -13,7 +13,7 @@ from rich.text import Text
 
 from wlsup.evaluation.statistics import Interval, mean_of_intervals, wilson
 
-__all__ = ["knn_markdown", "knn_table", "knn_text", "print_knn_table"]
+__all__ = ["knn_markdown", "knn_table", "knn_text", "percent", "points", "print_knn_table"]
 
 _HEADERS = ("set", "domain", "k", "pretrained", "fine-tuned", "change", "95% interval", "")
 _RIGHT = (False, False, True, True, True, True, True, False)
@@ -158,8 +158,8 @@ def _mean_row(domain: str, entries: Iterable[Mapping[str, Any]]) -> _Row:
 
 def _changed(cells: tuple[str, ...], change: Interval, mean: bool = False) -> _Row:
     verdict: _Verdict = "gain" if change.low > 0 else "loss" if change.high < 0 else "unsure"
-    interval = f"[{_points(change.low)}, {_points(change.high)}]"
-    return _Row((*cells, _points(change.estimate), interval, verdict), verdict, mean)
+    interval = f"[{points(change.low)}, {points(change.high)}]"
+    return _Row((*cells, points(change.estimate), interval, verdict), verdict, mean)
 
 
 def _share(entry: Mapping[str, Any], key: str) -> Interval:
@@ -171,17 +171,19 @@ def _share(entry: Mapping[str, Any], key: str) -> Interval:
 
 def _shown(share: Interval) -> str:
     half = (share.high - share.low) / 2
-    return _percent(share.estimate) + ("" if math.isnan(half) else f" +-{100 * half:.1f}")
+    return percent(share.estimate) + ("" if math.isnan(half) else f" +-{100 * half:.1f}")
 
 
 def _note(results: Mapping[str, Any]) -> str:
     return _NOTE + (f"\nProtocol: {results['protocol']}" if "protocol" in results else "")
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """Return 0.5124 as "51.2"."""
     return f"{100 * fraction:.1f}"
 
 
-def _points(fraction: float) -> str:
-    points = f"{100 * fraction:+.1f}"
-    return "0.0" if points in ("+0.0", "-0.0") else points
+def points(fraction: float) -> str:
+    """Return -0.0241 as "-2.4", and what rounds to nothing as "0.0"."""
+    shown = f"{100 * fraction:+.1f}"
+    return "0.0" if shown in ("+0.0", "-0.0") else shown

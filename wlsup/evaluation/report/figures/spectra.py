@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -58,7 +59,7 @@ def spectra_chart(group: Group) -> Chart | None:
         )
         for place, layer in enumerate(layers)
     )  # fmt: skip
-    middle = f" Median alpha after training: {sorted(fits)[len(fits) // 2]:.2f}." if fits else ""
+    middle = f" Median alpha after training: {median(fits):.2f}." if fits else ""
     return Chart(
         f"spectra-{slug(group.name)}",
         f"Spectra of {group.name}, seed {run.seed}",
