@@ -135,6 +135,19 @@ def test_at_an_alpha_that_nobody_scored_the_card_says_so(curve_run, tmp_path):
     assert "not measured at alpha 0.25" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_start_that_nobody_wrote_down_is_told(curve_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(curve_run, run)
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["wlsup"]["start_sha256"]
+        torch.save(checkpoint, path)
+    assert main(["export", str(run), "--alpha", "0.5", "-o", str(tmp_path / "half")]) == 0
+    assert "unchecked" in capsys.readouterr().err
+    assert main(["export", str(run), "-o", str(tmp_path / "whole")]) == 0
+    assert "unchecked" not in capsys.readouterr().err  # it needs no start
+
+
 def test_the_adapter_alone_stands_on_its_base_and_scores_as_the_run(curve_run, tmp_path, capsys):
     folder = tmp_path / "adapter"
     assert main(["export", str(curve_run), "--adapter-only", "-o", str(folder)]) == 0

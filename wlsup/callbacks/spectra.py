@@ -150,14 +150,13 @@ class Spectra(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Analyse along the way, where asked; without the random orders."""
         epoch = trainer.current_epoch + 1
-        if not self._here(trainer) or not self.every_n_epochs or epoch % self.every_n_epochs:
+        if not self._here(trainer) or not self._due(epoch) or epoch == trainer.max_epochs:
             return
         views, _ = chosen_views(pl_module, self.layers)
         spec = SpectraSpec(min_evals=self.spec.min_evals, randomize=False)
         found = self._analyse(views, spec, f"spectra after epoch {epoch}")
         self.along.append(along_entry(trainer.global_step, epoch, found))
-        if epoch != trainer.max_epochs:
-            self._log(trainer, found)
+        self._log(trainer, found)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Analyse what was trained, and write it all down."""
@@ -166,6 +165,8 @@ class Spectra(Callback):
         views, left_out = chosen_views(pl_module, self.layers)
         after = self._analyse(views, self.spec, "spectra after training")
         self._log(trainer, after)
+        if self._due(trainer.current_epoch) and trainer.current_epoch == trainer.max_epochs:
+            self.along.append(along_entry(trainer.global_step, trainer.current_epoch, after))
         folder = next((callback.folder for callback in trainer.callbacks if isinstance(callback, RunFolder)), None)
         if folder is None:
             return
@@ -191,6 +192,9 @@ class Spectra(Callback):
             name: LayerSpectrum(entry["eigenvalues"].numpy(), entry["metrics"])
             for name, entry in state_dict["before"].items()
         }
+
+    def _due(self, epoch: int) -> bool:
+        return bool(self.every_n_epochs) and epoch % self.every_n_epochs == 0
 
     def _here(self, trainer: lightning.Trainer) -> bool:
         return self.enabled and trainer.is_global_zero
