@@ -63,7 +63,8 @@ class Candidate:
     @property
     def name(self) -> str:
         """For folders and tables."""
-        told = [f"{key.rpartition('.')[2]} {value}" for key, value in zip(self.options[::2], self.options[1::2])]
+        pairs = zip(self.options[::2], self.options[1::2], strict=True)
+        told = [f"{key.rpartition('.')[2]} {value}" for key, value in pairs]
         return ", ".join([self.approach, *told])
 
 
@@ -275,17 +276,17 @@ def world_options(world: str, folder: Path, encoder: str | None, text: str | Non
 def markdown(record: Mapping[str, Any]) -> str:
     """Return the study as tables."""
     chosen, test = record["chosen"], record["test"]
-    kept = "" if chosen["keeps_margin"] else " No setting kept the margin on validation pictures; this one came nearest."
+    kept = "" if chosen["keeps_margin"] else " No setting kept the margin on validation pictures; this came nearest."
     lines = [
         f"# No regret, {record['world']} world",
         "",
-        f"{record['command']}; {len(record['candidates'])} candidates, seeds {record['search_seeds']} for the choice and "
-        f"{record['confirm_seeds']} for the test.",
+        f"{record['command']}; {len(record['candidates'])} candidates, seeds {record['search_seeds']} for the choice "
+        f"and {record['confirm_seeds']} for the test.",
         "",
         f"**Chosen on validation pictures: {chosen['candidate']} at alpha {chosen['alpha']}.**{kept}",
         "",
-        "On test pictures, seeds that no choice has seen; change in points, mean and 95 % interval over seeds (Student's "
-        "t), and over pictures:",
+        "On test pictures, with seeds that no choice has seen; change in points, mean and 95 % interval over seeds "
+        "(Student's t), and over pictures:",
         "",
         "| | change | over seeds | over pictures |",
         "|---|---:|---:|---:|",
