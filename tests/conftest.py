@@ -1,6 +1,7 @@
 """Shared by all tests: a small encoder, text encoder and batch, and the suite's registries filled."""
 
 import importlib
+import logging
 import os
 import time
 from pathlib import Path
@@ -45,6 +46,15 @@ def in_processes():
                     process.kill()
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were():
+    """A command in one test sends the suite's lines elsewhere; the next test captures them again."""
+    logger = logging.getLogger("wlsup")
+    before = logger.propagate, logger.level, list(logger.handlers)
+    yield
+    logger.propagate, logger.level, logger.handlers[:] = before
 
 
 @pytest.fixture(autouse=True)

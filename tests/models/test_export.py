@@ -61,7 +61,7 @@ def test_timm_prepares_pictures_as_the_encoder_wants_them(tmp_path):
     write_timm(built.eval(), tmp_path)
     data = resolve_data_config({}, model=timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
     spec = built.image_spec
-    assert data["input_size"] == (3, spec.size, spec.size)
+    assert tuple(data["input_size"]) == (3, spec.size, spec.size)
     assert (tuple(data["mean"]), tuple(data["std"])) == (spec.mean, spec.std)
     assert data["interpolation"] == spec.interpolation
     assert int(data["input_size"][-1] / data["crop_pct"]) == spec.resize

@@ -104,7 +104,12 @@ class TestLanguage:
         trained(upcycle(language, [1], MoESpec(experts=2, k=1), seed=0))
         again = load_moe(save_moe(language, tmp_path / "moe"))
         ids = torch.randint(7, 97, (2, 9))
-        assert torch.equal(again(again.embed(ids)), language(language.embed(ids)))
+        computed, wanted = again(again.embed(ids)), language(language.embed(ids))
+        kernels = {model.model.config._attn_implementation for model in (again, language)}
+        if len(kernels) == 1:
+            assert torch.equal(computed, wanted)
+        else:  # transformers before 5 takes another attention kernel for a model that it makes of a configuration
+            torch.testing.assert_close(computed, wanted, rtol=1e-5, atol=1e-5)
         assert again.base == language.base
         one, two = language.state_dict(), again.state_dict()
         assert list(one) == list(two)

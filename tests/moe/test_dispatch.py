@@ -4,13 +4,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from wlsup.errors import WlsupError
 from wlsup.moe import MLPExpert, MoE, MoESpec
 from wlsup.moe.dispatch import Assignment, choose_path, dispatch, within_capacity
 
 T, D, H, E = 48, 16, 24, 8
-PATHS = ("sort", "grouped", "batched", "loop")
+GROUPED = pytest.param(
+    "grouped", marks=pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has it from 2.10 on")
+)
+PATHS = ("sort", GROUPED, "batched", "loop")
 
 
 def experts_of(number=E, dtype=torch.float32):
@@ -131,6 +135,7 @@ def test_auto_sorts_on_the_cpu():
 )
 def test_auto_takes_what_a_gpu_has(monkeypatch, capability, dtype, mlps, bounded, path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(F, "grouped_mm", None, raising=False)  # whatever this torch has
     x = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
     experts = experts_of() if mlps else [nn.Linear(D, D)]
     assert choose_path(experts, x, "auto", bounded) == path
@@ -176,7 +181,7 @@ def test_whole_layers_agree_over_all_paths_and_routers():
     mask[1, 9:] = False
     for router, capacity in itertools.product(("top_k", "noisy_top_k", "expert_choice", "hash"), (None, 1.0)):
         found = []
-        for path in PATHS:
+        for path in ("sort", "batched", "loop", *(["grouped"] if hasattr(F, "grouped_mm") else [])):
             torch.manual_seed(1)
             spec = MoESpec(experts=E, router=router, k=2, capacity_factor=capacity, dispatch=path)
             layer = MoE([MLPExpert(D, H) for _ in range(E)], D, spec, vocabulary=50)

@@ -22,6 +22,8 @@ TOLERANCE = 1e-5
 
 _DEFAULT_EPS = 1e-6
 _BATCH = 3
+_MOST = 2**20
+"""Pictures in a batch of a program; some torch versions want a limit."""
 
 
 def timm_config(encoder: VisionEncoder) -> dict[str, Any] | None:
@@ -118,7 +120,7 @@ def write_program(encoder: VisionEncoder, adapters: Sequence[nn.Module], folder:
             program = torch.export.export(
                 _Features(encoder, adapters).eval(),
                 (example,),
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                dynamic_shapes={"images": {0: torch.export.Dim("batch", max=_MOST)}},
                 strict=False,
             )
         torch.export.save(program, folder / "encoder.pt2")
