@@ -49,12 +49,11 @@ def in_processes():
 
 
 @pytest.fixture(autouse=True)
-def logs_as_they_were():
-    """A command in one test sends the suite's lines elsewhere; the next test captures them again."""
+def logs_captured():
+    """A command in one test, or in a fixture of many, sends the suite's lines elsewhere; the next one captures them."""
     logger = logging.getLogger("wlsup")
-    before = logger.propagate, logger.level, list(logger.handlers)
-    yield
-    logger.propagate, logger.level, logger.handlers[:] = before
+    logger.propagate = True
+    logger.handlers[:] = [handler for handler in logger.handlers if type(handler).__name__ != "_Terminal"]
 
 
 @pytest.fixture(autouse=True)

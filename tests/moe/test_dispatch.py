@@ -160,7 +160,13 @@ class CountingTensor:
 
 
 @pytest.mark.parametrize(
-    ("path", "capacity", "most"), [("sort", None, 1), ("grouped", None, 0), ("batched", None, 1), ("batched", 1.0, 0)]
+    ("path", "capacity", "most"),
+    [
+        ("sort", None, 1),
+        pytest.param("grouped", None, 0, marks=GROUPED.marks),
+        ("batched", None, 1),
+        ("batched", 1.0, 0),
+    ],
 )
 @pytest.mark.parametrize("router", ["top_k", "expert_choice", "hash"])
 def test_a_layer_waits_for_the_device_once_at_most_whatever_the_number_of_experts(
