@@ -4,6 +4,7 @@ That a step's loss and gradients are one process's is in parity/test_approach_ra
 """
 
 import copy
+import json
 import os
 import socket
 from datetime import timedelta
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import nn
 
 from wlsup.approaches import approach_class
@@ -29,7 +31,7 @@ WORLD, TIMEOUT = 2, 420
 
 OPTIONS = (
     "--data.pairs 16 --data.validation_pairs 8 --data.eval_sets [] --data.batch_size 4 --trainer.max_epochs 2 "
-    "--trainer.accelerator cpu --trainer.devices 2 --captioning.pictures 2 --captioning.samples 0 "
+    "--trainer.accelerator cpu --trainer.devices 2 --captioning.samples 0 --captioning.pictures 0 "
     "--model.encoder_lr 1e-3 --model.lr 1e-2"
 )
 """Four steps of two processes."""
@@ -103,7 +105,7 @@ def work(rank, world, folder):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0",
     }  # fmt: skip
     codes = [
-        fit(f"{folder}/fsdp", "--trainer.strategy", "fsdp"),
+        fit(f"{folder}/fsdp", "--trainer.strategy", "fsdp", "--captioning.pictures", "2"),
         fit(f"{folder}/again", "--trainer.strategy", "fsdp", "--checkpoints.time_limit", "1s"),
         fit(f"{folder}/again", "--trainer.strategy", "fsdp", "--resume", "auto"),
         fit(f"{folder}/ddp", "--trainer.strategy", "ddp"),
@@ -140,6 +142,10 @@ class TestRuns:
     def test_all_end(self, runs):
         for rank in range(WORLD):
             assert torch.load(runs / f"found-{rank}.pt", weights_only=True)["codes"] == [0, 75, 0, 0]
+
+    def test_captions_are_scored_by_all_processes_and_told_by_one(self, runs):
+        results = json.loads((runs / "fsdp" / "results.json").read_text())
+        assert results["captioning"]["pictures"] == 2 and results["task"]["rows"]
 
     def test_it_learns_what_ddp_learns_and_saves_whole_tensors(self, runs):
         mine, theirs = checkpoint(runs, "fsdp"), checkpoint(runs, "ddp")
@@ -225,6 +231,22 @@ def test_blocks_and_mixtures_are_shared_out_and_nothing_else(alone):
     inside |= {id(p) for m in approach.modules() if isinstance(m, MoE) for p in m.parameters()}
     for name, parameter in approach.named_parameters():
         assert hasattr(parameter, "full_tensor") == (id(parameter) in inside), name
+
+
+@pytest.mark.parametrize(("algorithm", "most"), [(GradClipAlgorithmType.VALUE, 0.1), (GradClipAlgorithmType.NORM, 0.5)])
+def test_lightning_s_names_of_clipping_are_understood(algorithm, most, alone):
+    approach = approach_class("magma_moe")()
+    approach.plan.apply(approach)
+    strategy = strategy_over(approach)
+    strategy.model_to_device()
+    parameters = [parameter for parameter in approach.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    strategy.precision_plugin.clip_gradients(torch.optim.SGD(parameters, lr=1.0, foreach=False), most, algorithm)
+    if algorithm == GradClipAlgorithmType.VALUE:
+        assert all(float(gradient(parameter).max()) == pytest.approx(most) for parameter in parameters)
+    else:
+        assert float(gradient_norm(parameters)) == pytest.approx(most, rel=1e-4)
 
 
 def test_the_optimizer_works_one_by_one_where_slices_lie_beside_whole_tensors(alone):

@@ -89,4 +89,4 @@ def _clip(optimizer: torch.optim.Optimizer, clip_val: float = 0.0, gradient_clip
     """Stand in for the precision plugin's, which takes norms of slices for the whole's."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if clip_val > 0:
-        clip_gradients_(parameters, clip_val, str(gradient_clip_algorithm))
+        clip_gradients_(parameters, clip_val, "value" if gradient_clip_algorithm == "value" else "norm")
