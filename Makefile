@@ -31,10 +31,12 @@ data_option = $(if $(DATA),$(if $(filter %.yaml %.yml,$(DATA)),-c $(DATA),--data
 
 # a preset's values for one approach, where that has other parts than most (a language model, no text encoder)
 preset_overlay = $(firstword $(wildcard experiments/overlays/$(PRESET)_$(APPROACH).yaml) experiments/overlays/$(PRESET).yaml)
+# and what it changes of the preset's own
+preset_values = $(addprefix -c ,$(wildcard experiments/overlays/$(PRESET)/$(APPROACH).yaml))
 
 train: $(BIN)/.installed ## teach an encoder: APPROACH=film [PRESET=mini|paper] [SEED=0] [DATA=captions.csv] [ARGS="..."]
 	$(BIN)/wlsup fit -c experiments/base.yaml -c experiments/$(APPROACH).yaml \
-		$(if $(filter-out mini,$(PRESET)),-c $(preset_overlay)) \
+		$(if $(filter-out mini,$(PRESET)),-c $(preset_overlay) $(preset_values)) \
 		--seed_everything $(SEED) $(data_option) $(ARGS)
 
 pretrain-mini: $(BIN)/.installed ## make the mini models again (vision, text, LM, tokenizer): about half an hour
@@ -86,4 +88,5 @@ dashboard: $(BIN)/.installed ## TensorBoard over runs/
 
 bench: $(BIN)/.installed ## the benchmarks, against the peers
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
-	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	missed=; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || missed="$$missed $$file"; done; \
+		[ -z "$$missed" ] || { echo "a bar missed, or not run:$$missed"; exit 1; }

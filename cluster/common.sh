@@ -11,7 +11,7 @@ fail() {
 # Fill the array OPTIONS with the run's options. RUN_DIR, NODES and PROCESSES are set by then, and LIMIT, the seconds
 # after which training stops with a checkpoint, where there is one. What ARGS says comes last, and wins.
 wlsup_options() {
-    local approach=${APPROACH:-film} preset=${PRESET:-mini} overlay arguments argument
+    local approach=${APPROACH:-film} preset=${PRESET:-mini} overlay values arguments argument
     [ -f "experiments/$approach.yaml" ] ||
         fail "APPROACH=$approach has no recipe experiments/$approach.yaml; the recipes are: $(recipes)."
     OPTIONS=(-c experiments/base.yaml -c "experiments/$approach.yaml")
@@ -20,6 +20,8 @@ wlsup_options() {
         [ -f "$overlay" ] || overlay=experiments/overlays/$preset.yaml
         [ -f "$overlay" ] || fail "PRESET=$preset has no recipe $overlay; use mini, or add it."
         OPTIONS+=(-c "$overlay")
+        values=experiments/overlays/$preset/$approach.yaml
+        [ ! -f "$values" ] || OPTIONS+=(-c "$values")
     fi
     case ${DATA:-} in
     '') ;;

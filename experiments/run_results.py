@@ -46,6 +46,8 @@ def run(approach: str, seed: int, folder: Path, preset: str, options: list[str])
     overlays = [HERE / "overlays" / f"{name}.yaml" for name in (f"{preset}_{approach}", preset)]
     if preset != "mini":
         recipes.append(next((overlay for overlay in overlays if overlay.is_file()), overlays[-1]))
+        values = HERE / "overlays" / preset / f"{approach}.yaml"
+        recipes += [values] if values.is_file() else []
     command = [sys.executable, "-m", "wlsup", "fit"]
     for recipe in recipes:
         command += ["-c", str(recipe)]

@@ -61,6 +61,16 @@ def test_a_frozen_vision_network_learns_to_read_in_each_space(space):
     assert torch.equal(approach.encoder.state_dict()["backbone.patch_embed.proj.weight"], frozen)
 
 
+def test_the_regulariser_is_the_norm_of_the_whole_batch_over_its_size():
+    approach, _ = prepared(penalty=0.5, compare=False)
+    losses = approach.losses(batch(CAPTIONS[:4]))  # all of them have a class
+    ids = approach.tokenizer(CAPTIONS[:4], length=approach.slots).ids
+    drawn = approach.net.program.draw(ids)
+    assert torch.isclose(losses["penalty"], drawn.norm() / 4)
+    assert not torch.isclose(losses["penalty"], drawn.flatten(1).norm(dim=1).mean())
+    assert torch.isclose(losses["loss"], losses["classification"] + 0.5 * losses["penalty"])
+
+
 def test_the_pictures_of_the_captions_are_not_looked_at():
     approach, _ = prepared()
     noise = torch.randn(5, 3, 64, 64)

@@ -17,7 +17,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
-from wlsup.ranks import mean_over_ranks
+from wlsup.ranks import global_sum, mean_over_ranks
 from wlsup.reprogramming.classifier import FrozenClassifier
 from wlsup.reprogramming.control import train_alike
 from wlsup.reprogramming.cross_modal import (
@@ -64,10 +64,10 @@ class ReprogrammedReader(nn.Module):
         self.register_buffer("canvas", canvas, persistent=False)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, slots) token ids -> (B, classes) logits, the share of values clamped, and the program's norm."""
+        """(B, slots) token ids -> (B, classes) logits, the share of values clamped, and the patches' squares summed."""
         if isinstance(self.program, PatchProgram):
-            images, clamped, norm = self.program(ids)
-            return self.label_map(self.classifier(images)), clamped, norm
+            images, clamped, squares = self.program(ids)
+            return self.label_map(self.classifier(images)), clamped, squares
         features = encode_tokens(self.classifier.encoder, self.program(ids), self.slots, self.canvas)
         zero = features.new_zeros(())
         return self.label_map(self.classifier.read(features)), zero, zero
@@ -270,17 +270,20 @@ class CrossModalReprogramming(Approach):
         many = torch.tensor(len(chosen), device=self.device)
         if chosen:
             ids = self.tokenizer(chosen, length=self.slots, device=self.device).ids
-            logits, clamped, norm = net(ids)
+            logits, clamped, squares = net(ids)
             total = F.cross_entropy(logits, labels[labels >= 0].to(self.device), reduction="sum")
         else:  # nothing to learn from, and still a loss of all that trains, which the other ranks' gradients ask for
-            total = norm = 0 * sum(p.sum() for p in self._trained(net).parameters())
+            total = squares = 0 * sum(p.sum() for p in self._trained(net).parameters())
             clamped = total.detach()
         loss = mean_over_ranks(total, many)
+        # The published regulariser: the norm of all the batch's patches together over B, not the mean of their norms.
+        everyones, number = global_sum(torch.stack([squares, many.to(squares.dtype)]))
+        norm = everyones.clamp(min=1e-30).sqrt() / number.clamp(min=1)
         return {
             "loss": loss + self.penalty * norm,
             "classification": loss,
             "penalty": norm.detach(),
-            "clamped": clamped,
+            "clamped": mean_over_ranks(clamped.detach() * many, many),
             "labelled": share,
         }
 

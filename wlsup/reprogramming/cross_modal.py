@@ -107,8 +107,8 @@ class PatchProgram(nn.Module):
             ids: (B, slots), padded by the padding token.
 
         Returns:
-            The frozen network's input (B, 3, S, S), normalised; the share of values that were clamped; and the
-            published regulariser, the norm of all the batch's patches together over B (not the mean of their norms).
+            The frozen network's input (B, 3, S, S), normalised; the share of values that were clamped; and the sum of
+            the squares of all the batch's patches: the published regulariser is its root over B, of the whole batch.
         """
         drawn = self.draw(ids)
         if self.base is None:
@@ -117,7 +117,7 @@ class PatchProgram(nn.Module):
             base, _ = self.pixels.normalised(self.base[None])
             pixels = self.pixels.of(base + self.alpha * drawn)
         images, clamped = self.pixels.normalised(pixels)
-        return images, clamped, drawn.norm() / len(drawn)
+        return images, clamped, drawn.square().sum()
 
 
 class TokenProgram(nn.Module):
