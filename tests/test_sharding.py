@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from wlsup.approaches import approach_class
+from wlsup.batch import CaptionBatch
 from wlsup.checkpoint_file import read_checkpoint
 from wlsup.cli import main
 from wlsup.cli.sharded_strategy import ShardedStrategy
@@ -37,8 +39,10 @@ OPTIONS = (
 """Four steps of two processes."""
 
 
-def fit(folder, *options):
-    recipes = ["-c", "experiments/base.yaml", "-c", "experiments/magma_moe.yaml"]
+def fit(folder, *options, approach="magma_moe"):
+    recipes = ["-c", "experiments/base.yaml", "-c", f"experiments/{approach}.yaml"]
+    if approach == "linear_map":
+        return main(["fit", *recipes, *OPTIONS.split()[:-4], "--run_dir", f"{folder}", *options])
     return main(["fit", *recipes, *OPTIONS.split(), "--run_dir", f"{folder}", *options])
 
 
@@ -104,12 +108,18 @@ def work(rank, world, folder):
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0",
     }  # fmt: skip
+    sharded = ("--trainer.strategy", "fsdp")
     codes = [
-        fit(f"{folder}/fsdp", "--trainer.strategy", "fsdp", "--captioning.pictures", "2"),
-        fit(f"{folder}/again", "--trainer.strategy", "fsdp", "--checkpoints.time_limit", "1s"),
-        fit(f"{folder}/again", "--trainer.strategy", "fsdp", "--resume", "auto"),
-        fit(f"{folder}/ddp", "--trainer.strategy", "ddp"),
-    ]
+        fit(f"{folder}/fsdp", *sharded, "--captioning.pictures", "2"),
+        fit(f"{folder}/again", *sharded, "--checkpoints.time_limit", "1s"),
+        fit(f"{folder}/again", *sharded, "--resume", "auto"),
+        fit(f"{folder}/mixed", "--trainer.strategy", "ddp", "--checkpoints.time_limit", "1s"),
+        fit(f"{folder}/mixed", *sharded, "--resume", "auto"),
+        # whose measure, behind captions that all processes make, trains a control through the language model
+        fit(f"{folder}/linear_map", *sharded, "--captioning.pictures", "2", approach="linear_map"),
+        fit(f"{folder}/magma", *sharded, "--wise_ft.enabled", "true", "--data.eval_sets", "[mini_shapes]",
+            "--wise_ft.alphas", "[0,1]", "--trainer.max_epochs", "1", approach="magma"),
+    ]  # fmt: skip
     torch.save({"codes": codes, "clipping": clipped(rank), "scaling": unscaled(rank)}, f"{folder}/found-{rank}.pt")
     dist.destroy_process_group()
 
@@ -141,14 +151,15 @@ def moments(saved):
 class TestRuns:
     def test_all_end(self, runs):
         for rank in range(WORLD):
-            assert torch.load(runs / f"found-{rank}.pt", weights_only=True)["codes"] == [0, 75, 0, 0]
+            assert torch.load(runs / f"found-{rank}.pt", weights_only=True)["codes"] == [0, 75, 0, 75, 0, 0, 0]
 
     def test_captions_are_scored_by_all_processes_and_told_by_one(self, runs):
         results = json.loads((runs / "fsdp" / "results.json").read_text())
         assert results["captioning"]["pictures"] == 2 and results["task"]["rows"]
 
-    def test_it_learns_what_ddp_learns_and_saves_whole_tensors(self, runs):
-        mine, theirs = checkpoint(runs, "fsdp"), checkpoint(runs, "ddp")
+    def test_what_ddp_began_it_ends_and_it_saves_whole_tensors(self, runs):
+        mine, theirs = checkpoint(runs, "fsdp"), checkpoint(runs, "mixed")
+        assert mine["global_step"] == theirs["global_step"] == 4
         assert mine["state_dict"].keys() == theirs["state_dict"].keys()
         for kind in (lambda saved: saved["state_dict"], moments):
             for name, value in kind(theirs).items():
@@ -204,7 +215,7 @@ def test_an_approach_without_a_language_model_is_refused(alone):
         ({"regularizer": RegularizerSpec(l2sp=0.1)}, {}, "regularizer.l2sp"),
         ({"regularizer": RegularizerSpec(ema=0.9)}, {}, "regularizer.ema"),
         ({"optimizer": OptimizerSpec(name="lars")}, {}, "optimizer.name lars"),
-        ({}, {"callbacks": [SimpleNamespace(reads_whole_weights=True)]}, "curve or spectrum"),
+        ({}, {"callbacks": [SimpleNamespace(reads_whole_weights=True)]}, "wise_ft or spectra"),
     ],
 )
 def test_what_needs_whole_mixtures_is_refused_by_name(options, more, named, alone):
@@ -219,6 +230,28 @@ def test_with_a_frozen_model_shared_out_all_of_it_works(alone):
     approach.plan.apply(approach)
     strategy_over(approach, scaler=object()).model_to_device()
     assert has_shards(approach.language) and not has_shards(approach.adapters)
+
+
+def test_nothing_stays_gathered_behind_a_forward_pass(alone):
+    approach = approach_class("magma_moe")()
+    approach.plan.apply(approach)
+    strategy_over(approach).model_to_device()
+    batch = CaptionBatch(torch.randn(2, 3, 64, 64), ["a red star", "a ring"], ["a", "b"])
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            approach.losses(batch)
+        assert all(isinstance(p, DTensor) for unit in approach.shardable for p in unit.parameters()), grad
+    approach.losses(batch)["loss"].backward()
+    assert all(isinstance(p, DTensor) for unit in approach.shardable for p in unit.parameters())
+    assert has_shards(approach)
+
+
+def test_a_spectrum_of_the_language_model_is_refused(alone):
+    approach = approach_class("magma")()
+    approach.plan.apply(approach)
+    spectra = SimpleNamespace(reads_whole_weights=True, layers="language.*")
+    with pytest.raises(WlsupError, match=r"language models are shared out, and spectra\.layers"):
+        strategy_over(approach, callbacks=[spectra]).model_to_device()
 
 
 def test_blocks_and_mixtures_are_shared_out_and_nothing_else(alone):

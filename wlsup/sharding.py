@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-
-from wlsup.errors import WlsupError
 
 __all__ = [
     "SlicedGradScaler",
@@ -41,19 +40,12 @@ def shard(units: Sequence[nn.Module], device: torch.device) -> None:
     Args:
         units: modules that have no parameter in common, and are computed by calling them. Of one dtype each.
         device: where the slices go.
-
-    Raises:
-        WlsupError: torch has no ``fully_shard``.
     """
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as error:
-        raise WlsupError(
-            f"trainer.strategy fsdp needs torch 2.6 or later (fully_shard), not {torch.__version__}: use ddp."
-        ) from error
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in units:
-        fully_shard(unit, mesh=mesh)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        # No unit has a parent, and some torch versions leave such a one whole after its forward pass, whatever is said.
+        unit.register_forward_hook(lambda module, inputs, output: module.reshard())
 
 
 def leave_alone(module: nn.Module) -> None:
@@ -63,8 +55,8 @@ def leave_alone(module: nn.Module) -> None:
 
 
 def has_shards(module: nn.Module) -> bool:
-    """Say whether some parameter is shared out, so that all processes must compute whenever one does."""
-    return any_sliced(module.parameters())
+    """Say whether some part is shared out, so that all processes must compute whenever one does."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def any_sliced(parameters: Iterable[nn.Parameter]) -> bool:

@@ -38,6 +38,8 @@ def next_in_time(batches: Iterator[Any], workers: int, patience: float) -> Any:
     try:
         with _alarm(0.0 if workers else patience):
             return next(batches, END)
+    except _TooLong:
+        raise WlsupError(_stalled(patience)) from None
     except RuntimeError as error:
         told = f"{error.__cause__} {error}"
         if killed := re.search(r"is killed by signal: ([^.]+)|exited unexpectedly", told):
@@ -63,19 +65,23 @@ def _lost(by: str | None, workers: int) -> str:
     )
 
 
+class _TooLong(BaseException):  # noqa: N818 (not an Exception: a data set that skips what it cannot read lets it pass)
+    pass
+
+
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
     """Interrupt what takes longer, where the system can.
 
     Raises:
-        WlsupError: it took longer.
+        _TooLong: it took longer.
     """
     if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise WlsupError(_stalled(seconds))
+        raise _TooLong
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -146,7 +146,7 @@ class CountingTensor:
 
     def __init__(self, monkeypatch):
         self.waits = 0
-        for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__setitem__"):
             self._count(monkeypatch, name)
 
     def _count(self, monkeypatch, name):

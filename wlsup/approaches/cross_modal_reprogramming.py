@@ -278,7 +278,8 @@ class CrossModalReprogramming(Approach):
         loss = mean_over_ranks(total, many)
         # The published regulariser: the norm of all the batch's patches together over B, not the mean of their norms.
         everyones, number = global_sum(torch.stack([squares, many.to(squares.dtype)]))
-        norm = everyones.clamp(min=1e-30).sqrt() / number.clamp(min=1)
+        root = torch.where(everyones > 0, everyones.clamp(min=1e-30).sqrt(), everyones)  # whose slope at 0 is infinite
+        norm = root / number.clamp(min=1)
         return {
             "loss": loss + self.penalty * norm,
             "classification": loss,

@@ -41,7 +41,7 @@ from wlsup.cli.lacking import refuse_what_lacks
 from wlsup.cli.launch_check import check_this_launch
 from wlsup.cli.loggers import run_loggers
 from wlsup.cli.recipes import approach_named_in
-from wlsup.cli.sharded_strategy import ShardedStrategy
+from wlsup.cli.sharded_strategy import ShardedStrategy, units_of
 from wlsup.cli.training import RUN_DIR, resumption
 from wlsup.errors import WlsupError
 
@@ -91,6 +91,8 @@ class WlsupCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Give the trainer the run's folder, its loggers and the suite's callbacks."""
         self.datamodule.check_files()  # before there is a folder to leave behind
+        if self.config.trainer.strategy == "fsdp":
+            units_of(self.model)
         self.run_dir = _run_dir(self.config)
         self.resumption = resumption(self.config.resume, self.run_dir)
         kwargs.setdefault("default_root_dir", str(self.run_dir))

@@ -57,7 +57,6 @@ class Asked:
         devices: as given: a number, "auto", "-1", or the numbers of devices.
         accelerator: "auto", "cpu", "gpu", "cuda", ...
         precision: "32-true", "16-mixed", "bf16-mixed", ...; None for the default.
-        strategy: "auto", "ddp", "fsdp", ...
         run_dir: whether all processes are told one folder.
     """
 
@@ -65,7 +64,6 @@ class Asked:
     devices: int | str | list[int] = 1
     accelerator: str = "auto"
     precision: str | None = None
-    strategy: str = "auto"
     run_dir: bool = True
 
     def on_gpu(self, machine: Machine) -> bool:
@@ -93,7 +91,6 @@ def check_this_launch(config: Any) -> None:
     here = socket.gethostname()
     where = placement(os.environ, here)
     trainer = config.trainer
-    strategy = trainer.strategy
     if where is not None and where.rank:
         log_to_terminal(quiet=True)  # what rank 0 says stands for all; warnings come from each
     asked = Asked(
@@ -101,7 +98,6 @@ def check_this_launch(config: Any) -> None:
         trainer.devices,
         trainer.accelerator if isinstance(trainer.accelerator, str) else "other",
         None if trainer.precision is None else str(trainer.precision),
-        strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "").rpartition(".")[2].lower(),
         bool(config.run_dir or os.environ.get("WLSUP_RUN_DIR")),
     )
     check_launch(os.environ, asked, this_machine(0 if where is None else where.local_rank), here, _resolves)

@@ -98,19 +98,24 @@ def extract_features(
     skipped: dict[int, str] = {}
     done = 0
     batches = iter(loader)
-    while (batch := next_in_time(batches, num_workers, patience)) is not END:
-        if isinstance(batch, WlsupError):
-            raise batch
-        indices, images, batch_labels, unreadable, visited = batch
-        if images is not None:
-            rows = _run(extractor, images, device, normalize)
-            if features is None:
-                features = torch.empty(size, rows.shape[1])
-            features[indices], labels[indices], seen[indices] = rows, batch_labels, True
-        skipped.update(unreadable)
-        done += visited
-        if progress is not None:
-            progress(done, todo)
+    try:
+        while (batch := next_in_time(batches, num_workers, patience)) is not END:
+            if isinstance(batch, WlsupError):
+                raise batch
+            indices, images, batch_labels, unreadable, visited = batch
+            if images is not None:
+                rows = _run(extractor, images, device, normalize)
+                if features is None:
+                    features = torch.empty(size, rows.shape[1])
+                features[indices], labels[indices], seen[indices] = rows, batch_labels, True
+            skipped.update(unreadable)
+            done += visited
+            if progress is not None:
+                progress(done, todo)
+    except BaseException:
+        if num_workers:  # at once: workers that the garbage collector finds later may wait out a timeout each
+            batches._shutdown_workers()
+        raise
     reasons = [f"{index}: {reason}" for index, reason in sorted(skipped.items())]
     if features is None:
         raise WlsupError(f"None of the {todo} pictures could be read, starting with {reasons[0]}.")

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from wlsup.errors import WlsupError, choose
 from wlsup.models.caption_tokens import CaptionTokenizer, load_tokenizer, missing, transformers_folder
 from wlsup.models.weights import tensors_sha256
+from wlsup.sharding import has_shards
 
 __all__ = ["FAMILIES", "GenerationSpec", "LanguageModel", "LanguageSpec"]
 
@@ -209,6 +211,8 @@ class LanguageModel(nn.Module):
                     inputs_embeds=embeddings.to(weight.dtype),
                     attention_mask=mask.to(torch.int64),
                     generation_config=config,
+                    # of a shared out model all processes take each step, until the last one is done
+                    synced_gpus=(has_shards(self.model) and dist.get_world_size() > 1) or None,
                 )
         finally:
             logging.set_verbosity(verbosity)
