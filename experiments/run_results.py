@@ -137,7 +137,7 @@ def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) 
         "over seeds (Student's t). In domain and out of domain are means over their sets. Bold: the interval excludes",
         "0. A dash: the encoder is not trained, so its k-NN accuracy cannot change. Core s: seconds of computing,",
         "added up over cores, whatever else the machine was doing. Steps: of 64 pairs each, unless a recipe says",
-        "otherwise; fewer where a language model makes each dear. (pictures): of one seed, over its test pictures.",
+        "otherwise; fewer where each is dear. (pictures): of one seed, over its test pictures.",
         f"Protocol: {PROTOCOL}.",
         "",
         "| approach | seeds | steps | in domain | out of domain | trained | core s | peak MiB |",

@@ -66,12 +66,14 @@ def test_fsdp_divides_language_model_and_experts_and_gathers_weights():
     for experts in (0, 8):
         job = Job("magma", language="gpt-j-6b", experts=experts)
         whole, apart = plan(job, cluster), plan(replace(job, strategy="fsdp"), cluster)
-        encoder = 4 * size(job).encoder / 2**30
-        rest = whole["memory_gib"]["weights"] - encoder
-        assert apart["memory_gib"]["weights"] == pytest.approx(encoder + rest / 8)
-        for part in ("gradients", "optimizer"):
-            held = 4 if part == "gradients" else 8
-            saved = held * size(job).trained_experts * 7 / 8 / 2**30
+        model, mixture = size(job), size(job).trained_experts / max(size(job).expert_layers, 1)
+        kept = (4 * model.encoder + 2 * 50_400 * 4096) / 2**30  # the encoder and the words' embeddings
+        unit = max(2 * 12 * 4096**2, 4 * mixture) / 2**30  # one is whole at a time
+        rest = whole["memory_gib"]["weights"] - kept
+        assert apart["memory_gib"]["weights"] == pytest.approx(kept + rest / 8 + unit)
+        for part, held in (("gradients", 4), ("optimizer", 8)):
+            saved = held * model.trained_experts * 7 / 8 / 2**30
+            saved -= 4 * mixture / 2**30 if part == "gradients" else 0
             assert apart["memory_gib"][part] == pytest.approx(whole["memory_gib"][part] - saved)
     job = Job("magma", language="gpt-j-6b")
     whole, apart = plan(job, cluster), plan(replace(job, strategy="fsdp"), cluster)

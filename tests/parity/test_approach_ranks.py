@@ -46,6 +46,10 @@ CASES = {name: (name, {}) for name in APPROACHES} | {
     ),
     "magma_moe, ffn": ("magma_moe", {"prefix": DRY, "mixture": "ffn", "moe": MoESpec(**MOE)}),
     "magma_moe, hash": ("magma_moe", {"prefix": DRY, "moe": MoESpec(experts=4, k=1, router="hash")}),
+    "magma_moe, balanced hash": (
+        "magma_moe",
+        {"prefix": DRY, "moe": MoESpec(experts=4, k=1, router="hash", hash="balanced")},
+    ),
     "magma_moe, bias": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**{**MOE, "balance": "bias", "bias_rate": 0.05})}),
 }
 ONCE = MoESpec(experts=4, k=1, combine="renormalized", jitter=0.0, balance_weight=0.1)
@@ -85,7 +89,7 @@ def made(name, options, batch):
     if getattr(approach, "chosen", True) is None:
         approach.select([batch])
     if hasattr(approach, "count_words"):
-        approach.count_words(iter(WORDS))
+        approach.count_words(iter([" ".join(WORDS[: 1 + i % 5]) for i in range(50)]))
     approach.setup("fit")
     if hasattr(approach, "prepare"):
         data = CaptionDataModule(eval_sets=["mini_shapes", "mini_digits"])

@@ -74,6 +74,7 @@ class SelectiveK(Approach):
 
     name = "selective_k"
     summary = "fine-tuning of only the k groups of the encoder that a criterion picks (our definition)"
+    trains_told = ("head.*", "the k groups of mae.encoder.* that the criterion chooses")
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ def listing() -> list[dict[str, Any]]:
     for name in APPROACHES:
         approach = approach_class(name)()
         plan = approach.plan.describe(approach)
-        trains = [row["pattern"] for row in plan["rules"] if row["trains"]]
+        trains = list(approach.trains_told) or [row["pattern"] for row in plan["rules"] if row["trains"]]
         rows.append(
             {
                 "name": name,

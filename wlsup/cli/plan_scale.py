@@ -220,11 +220,15 @@ def plan(job: Job, cluster: Cluster) -> dict[str, Any]:
     apart = world if job.shard_experts else 1
     text = 0.0 if job.language != "none" else 63.4e6
     frozen_bytes = bytes_each if job.language != "none" else 4  # a large frozen model is loaded in half precision
-    large = model.language * frozen_bytes + model.experts * 4 / apart  # what FSDP shares out
+    words = LANGUAGE[job.language][2] * model.width  # embeddings, which every GPU keeps whole
+    large = (model.language - words) * frozen_bytes + model.experts * 4 / apart  # what FSDP shares out
     trained = model.trained + model.trained_experts / sharded
+    # Under FSDP one unit is whole at a time: a block, or a mixture, and of a mixture its gradients too.
+    mixture = model.trained_experts / max(model.expert_layers, 1)
+    gathered_unit = max(12 * model.width**2 * frozen_bytes, 4 * mixture) if sharded > 1 else 0.0
     memory = {
-        "weights": (model.encoder + text) * 4 + large / sharded,
-        "gradients": 4 * trained,
+        "weights": (model.encoder + text) * 4 + words * frozen_bytes + large / sharded + gathered_unit,
+        "gradients": 4 * trained + (4 * mixture if sharded > 1 else 0.0),
         "optimizer": 8 * trained,
         "activations": model.activations * job.batch * (2 if precision == "32" else 1),
     }
