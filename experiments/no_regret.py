@@ -11,9 +11,9 @@ lower bound in domain is the highest at an alpha of at least 0.1. It is then tra
 choice has seen, and only then, and only there, are test pictures looked at. The answer is yes if over those seeds the
 interval of the change in domain lies above -0.5 points and that of the gain out of domain above 0.
 
-Two caveats. The candidates are approaches whose figures on the same mini test sets are published (README), so which ones
-are here was not chosen blindly. The choice's standard errors are over pictures, at two fixed seeds: they know nothing
-of how seeds differ, and there are 16 candidates x 10 alphas to choose from; the confirming seeds are what counts.
+Two caveats. The candidates are approaches whose figures on the same mini test sets are published (README), so which
+ones are here was not chosen blindly. The choice's standard errors are over pictures, at two fixed seeds: they know
+nothing of how seeds differ, and there are 16 candidates x 10 alphas to choose from; the confirming seeds count.
 
 Hardware: two CPU cores, one thread a run. A run that has its files is not made again. Writes
 experiments/results/no_regret_<world>.{json,md,png}.

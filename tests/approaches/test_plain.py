@@ -9,7 +9,7 @@ from wlsup.approaches import approach_class
 from wlsup.approaches.plain import encoder_adapters, plain_encoder
 from wlsup.models.export import TOLERANCE, difference_of
 
-PLAIN = ["film", "full", "lora", "magma", "mae_cl", "selective_k"]
+PLAIN = ["film", "full", "lora", "magma", "magma_moe", "mae_cl", "selective_k"]
 
 
 @torch.no_grad()

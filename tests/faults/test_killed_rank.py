@@ -1,5 +1,6 @@
 """One process of a run is killed in mid-epoch: the rest end, nothing hangs, and the run goes on where it saved."""
 
+import csv
 import json
 import os
 import signal
@@ -9,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from wlsup.checkpoint_file import read_checkpoint
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 STEPS = 32  # 256 pairs, two processes of 16 a step, two epochs
@@ -41,6 +45,11 @@ def ranks(folder):
     return found
 
 
+def losses(folder):
+    with (folder / "run" / "metrics.csv").open() as file:
+        return [(int(row["step"]), row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
 def test_a_killed_rank_ends_all_and_the_run_goes_on(tmp_path):
     run = start(tmp_path)
@@ -58,7 +67,10 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(tmp_path):
     assert start(tmp_path, "--resume", "auto").wait(timeout=300) == 0, (tmp_path / "output").read_text()
     assert "going on from" in (tmp_path / "output").read_text()
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == STEPS
-    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    step, loss = (lines[0].split(",").index(name) for name in ("step", "train/loss"))
-    logged = [int(cells[step]) for line in lines[1:] if (cells := line.split(","))[loss]]
-    assert logged == list(range(STEPS))  # each step once
+    assert [step for step, _ in losses(tmp_path)] == list(range(STEPS))  # each step once
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert start(whole).wait(timeout=300) == 0, (whole / "output").read_text()
+    assert losses(tmp_path) == losses(whole)
+    one, other = (read_checkpoint(folder / "run" / "checkpoints" / "last.ckpt") for folder in (tmp_path, whole))
+    assert all(torch.equal(one["state_dict"][name], tensor) for name, tensor in other["state_dict"].items())

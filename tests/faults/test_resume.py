@@ -26,7 +26,8 @@ def command(name, folder, *options):
         "fit", "-c", "experiments/base.yaml", "-c", f"experiments/{name}.yaml", "--run_dir", str(folder),
         "--data.pairs", "32", "--data.validation_pairs", "8", "--data.batch_size", "8", "--data.eval_sets", "[]",
         "--captioning.pictures", "0", "--captioning.samples", "0", "--reconstructions.pictures", "0",
-        "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--model.regularizer.ema", "0.9", *OPTIONS.get(name, []), *options,
+        "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--model.regularizer.ema", "0.9",
+        *OPTIONS.get(name, []), *options,
     ]  # fmt: skip
 
 

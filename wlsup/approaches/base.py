@@ -35,8 +35,6 @@ class Approach(lightning.LightningModule):
     """The plan leaves the encoder's function as it is (its configuration may decide): features may be cached."""
     cacheable: Literal["", "pooled", "tokens"] = ""
     """What `losses` and `embed` take of pictures, and only through `encode`; "" where they need the pictures."""
-    trains_told: ClassVar[tuple[str, ...]] = ()
-    """What tables say that trains, where the plan's patterns are chosen in each run anew."""
     identity_at_start: ClassVar[bool] = True
     """At step 0 the encoder computes the pretrained function."""
 
