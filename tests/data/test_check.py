@@ -277,3 +277,15 @@ def test_clean_shards_are_clean_with_and_without_an_index(tmp_path):
     assert [(fault.kind, fault.name) for fault in check("shards", root=tmp_path, images=str(folder)).faults] == [
         ("corrupt", INDEX_NAME)
     ]
+
+
+def test_a_byte_that_changed_in_a_shard_of_the_same_size_is_found(tmp_path):
+    folder = Path(write_cc3m_shards(tmp_path / "shards")["images"])
+    save_index(build_index(list(folder.glob("*.tar"))), folder)
+    shard = folder / "00001.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1  # of the first sample's content, behind its header
+    shard.write_bytes(content)
+    faults = {fault.name: fault.detail for fault in check("shards", root=tmp_path, images=str(folder)).faults}
+    assert faults["00001.tar"] == "its CRC-32 is not the index's: bytes have changed"
+    assert not {"00000.tar", "00002.tar"} & faults.keys()

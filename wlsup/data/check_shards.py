@@ -17,6 +17,9 @@ from wlsup.errors import WlsupError
 
 __all__ = ["check_shards"]
 
+Expected = dict[str, tuple[int, int | None]]
+"""Bytes and CRC-32 of shards by their names."""
+
 
 def check_shards(images: str, *, workers: int = 0, min_side: int = 16, max_words: int = 256) -> CheckReport:
     """Check tar shards anew, whatever their index says: a shard that is cut or missing is a fault like any other.
@@ -33,7 +36,7 @@ def check_shards(images: str, *, workers: int = 0, min_side: int = 16, max_words
     path = Path(images).expanduser()
     folder = path.parent if path.is_file() else path
     report = CheckReport("shards")
-    expected = _expected_sizes(folder, report)
+    expected = _expected(folder, report)
     names = {path.name} if path.is_file() else {shard.name for shard in folder.glob("*.tar")} | set(expected)
     if not names:
         raise WlsupError(f"images: there are no tar shards in {images}. Give the folder with the files ending in .tar.")
@@ -52,8 +55,8 @@ def check_shards(images: str, *, workers: int = 0, min_side: int = 16, max_words
     return finished(report)
 
 
-def _expected_sizes(folder: Path, report: CheckReport) -> dict[str, int]:
-    """Return each shard's bytes by the index, if there is a sound one."""
+def _expected(folder: Path, report: CheckReport) -> Expected:
+    """Return each shard's bytes and CRC-32 by the index, if there is a sound one that has them."""
     if not (folder / INDEX_NAME).exists():
         return {}
     try:
@@ -61,25 +64,28 @@ def _expected_sizes(folder: Path, report: CheckReport) -> dict[str, int]:
     except WlsupError as error:
         report.faults.append(Fault("corrupt", INDEX_NAME, str(error)))
         return {}
-    return dict(zip(index.names, index.sizes.tolist(), strict=True))
+    sums = [None] * len(index.names) if index.sums is None else index.sums.tolist()
+    return dict(zip(index.names, zip(index.sizes.tolist(), sums, strict=True), strict=True))
 
 
-def _shard(folder: Path, name: str, expected: dict[str, int], report: CheckReport) -> ShardIndex | None:
+def _shard(folder: Path, name: str, expected: Expected, report: CheckReport) -> ShardIndex | None:
     """Index one shard, if it is whole, and report what is wrong with it as an archive."""
     path = folder / name
     if not path.exists():
-        report.faults.append(Fault("missing", name, f"the index lists it with {expected[name]:,} bytes"))
+        report.faults.append(Fault("missing", name, f"the index lists it with {expected[name][0]:,} bytes"))
         return None
-    size = path.stat().st_size
-    if name in expected and size != expected[name]:
-        kind = "truncated" if size < expected[name] else "corrupt"
-        report.faults.append(Fault(kind, name, f"{size:,} bytes, and the index expects {expected[name]:,}"))
+    size, (indexed, total) = path.stat().st_size, expected.get(name, (None, None))
+    if indexed is not None and size != indexed:
+        kind = "truncated" if size < indexed else "corrupt"
+        report.faults.append(Fault(kind, name, f"{size:,} bytes, and the index expects {indexed:,}"))
         return None
     try:
         part = index_shard(path)
     except WlsupError as error:
         report.faults.append(Fault("truncated", name, str(error)))
         return None
+    if total is not None and int(part.sums[0]) != total:
+        report.faults.append(Fault("corrupt", name, "its CRC-32 is not the index's: bytes have changed"))
     report.faults += _hostile(path) if "refused member" in part.broken else ()
     orphans = part.broken.get("text without a picture")
     if orphans:

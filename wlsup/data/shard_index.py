@@ -38,6 +38,7 @@ class ShardIndex:
         offset: (n,) int64: where in it its content begins.
         length: (n,) int64: its bytes.
         broken: number of samples left out, by reason.
+        sums: (s,) uint32: CRC-32 of each shard, which `wlsup data check` compares; None in an index of before that.
     """
 
     names: list[str]
@@ -48,6 +49,7 @@ class ShardIndex:
     offset: np.ndarray
     length: np.ndarray
     broken: dict[str, int]
+    sums: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -80,6 +82,7 @@ def merge_indices(parts: Sequence[ShardIndex]) -> ShardIndex:
         offset=_joined([part.offset for part in parts]),
         length=_joined([part.length for part in parts]),
         broken=broken,
+        sums=_joined_sums(parts),
     )
     first = first_of_each(keys)
     kept = np.flatnonzero(first == np.arange(len(first)))
@@ -97,6 +100,11 @@ def merge_indices(parts: Sequence[ShardIndex]) -> ShardIndex:
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *arrays])
+
+
+def _joined_sums(parts: Sequence[ShardIndex]) -> np.ndarray | None:
+    sums = [part.sums for part in parts]
+    return None if any(own is None for own in sums) else np.concatenate([np.zeros(0, np.uint32), *sums])
 
 
 def _united(captions: PackedLists, first: np.ndarray, kept: np.ndarray) -> PackedLists:
@@ -134,6 +142,8 @@ def save_index(index: ShardIndex, folder: str | Path) -> Path:
         "broken_reasons": np.array(list(index.broken), dtype=np.str_),
         "broken_counts": np.array(list(index.broken.values()), np.int64),
     }
+    if index.sums is not None:
+        arrays["sums"] = index.sums
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "wb") as file:
@@ -168,6 +178,7 @@ def load_index(folder: str | Path) -> ShardIndex:
                 offset=arrays["offset"],
                 length=arrays["length"],
                 broken=dict(zip(arrays["broken_reasons"].tolist(), arrays["broken_counts"].tolist(), strict=True)),
+                sums=arrays.get("sums"),
             )
     except WlsupError:
         raise
@@ -208,6 +219,7 @@ def _check_consistent(index: ShardIndex, path: Path, again: str) -> None:
     sound = (
         len(samples) == 1
         and len(index.sizes) == len(index.names)
+        and (index.sums is None or len(index.sums) == len(index.names))
         and (not len(index) or (index.shard.min() >= 0 and index.shard.max() < len(index.names)))
         and bool((index.offset >= 0).all() and (index.length >= 0).all())
         and not any("/" in name or "\\" in name or name in ("", ".", "..") for name in index.names)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from torch import Tensor
@@ -158,6 +159,9 @@ def index_shard(path: str | Path) -> ShardIndex:
         broken["refused member"] = len(store.refused)
     seen: dict[str, int] = {}
     with open(path, "rb") as file:
+        total = 0
+        while block := file.read(2**20):
+            total = crc32(block, total)
         for stem, (offset, length) in pictures.items():
             found, key = _texts(file, texts.get(stem, {}))
             key = key or f"{path.stem}/{stem}"
@@ -183,6 +187,7 @@ def index_shard(path: str | Path) -> ShardIndex:
         offset=offset.copy(),
         length=length.copy(),
         broken=broken,
+        sums=np.array([total], np.uint32),
     )
 
 
