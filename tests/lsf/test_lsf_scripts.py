@@ -184,6 +184,17 @@ def test_a_chain_ends(plan, jobs, codes, why, lsf):
     assert why in log(lsf)
 
 
+def test_a_rank_that_dies_ends_the_others_and_the_chain(lsf):
+    lsf = lsf("lose", "finish")
+    submit(lsf, "lsf/chain.sh", "lsf/summit.lsf", GPUS_PER_NODE=2)
+    started = time.monotonic()
+    (code,) = lsf.wait()
+    assert code not in (0, 75), log(lsf)  # the dead one's, or a killed one's
+    assert time.monotonic() - started < 30  # rank 0 would wait for a minute
+    time.sleep(0.5)
+    assert len(lsf.jobs()) == 1
+
+
 def test_a_single_job_that_stops_says_how_to_go_on(lsf):
     lsf = lsf("stop", "finish")
     submit(lsf, "bsub", "lsf/summit.lsf", GPUS_PER_NODE=1)

@@ -48,6 +48,16 @@ def test_a_chain_of_lsf_jobs_ends_in_the_results(cluster):
     assert not (cluster.run_dir / "checkpoints" / "stopped").exists()
 
 
+def test_a_trainer_that_counts_otherwise_than_the_scheduler_is_refused_before_training(cluster):
+    cluster.common["ARGS"] = f"{TINY} --trainer.devices 1"
+    log = cluster.folder / "job.%J.log"
+    done = cluster.call("bsub", "-o", log, "lsf/summit.lsf", **cluster.common)
+    assert done.returncode == 0, done.stderr
+    assert cluster.wait(seconds=300) == [2], cluster.log()
+    assert "The launch is not right" in cluster.log()
+    assert not (cluster.run_dir / "config.yaml").exists()
+
+
 def test_a_slurm_job_ends_in_the_results(cluster):
     options = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", f"--output={cluster.folder}/job.%j.log"]
     done = cluster.call("sbatch", *options, "slurm/wlsup.sbatch", **cluster.common)

@@ -61,6 +61,15 @@ def test_requeueing_ends(plan, jobs, starts, code, why, slurm):
     assert why in log(slurm)
 
 
+def test_a_rank_that_dies_ends_the_others_and_is_not_requeued(slurm):
+    slurm = slurm("lose", "finish")
+    started = time.monotonic()
+    submit(slurm, "--ntasks-per-node=2")
+    (code,) = slurm.wait()
+    assert code not in (0, 75), log(slurm)  # the dead one's, or a killed one's
+    assert time.monotonic() - started < 30  # rank 0 would wait for a minute
+
+
 def test_the_signal_before_the_limit_stops_the_run_and_it_is_requeued(slurm):
     slurm = slurm("hang", "finish", minute=1.2, grace=10)
     submit(slurm, "--time=20", "--ntasks-per-node=2")  # 24 seconds; the signal after twelve
