@@ -1,6 +1,7 @@
 """Two runs in one folder, a folder that cannot be written or is gone, a torn checkpoint: one sentence, nothing lost."""
 
 import errno
+import os
 import shutil
 
 import pytest
@@ -86,6 +87,29 @@ def test_a_folder_that_vanishes_ends_the_run_with_a_sentence(tmp_path, monkeypat
     error = capsys.readouterr().err
     assert "wlsup: error:" in error
     assert "Traceback" not in error
+
+
+def test_a_folder_that_turns_read_only_ends_the_run_with_a_sentence_and_keeps_what_is_in_it(
+    tmp_path, monkeypatch, capsys
+):
+    step, folder = Approach.training_step, tmp_path / "run"
+
+    def refuse(content, path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def turn(self, batch, batch_idx):
+        if self.trainer.global_step == 4:  # the second epoch has begun, the first one's checkpoint is there
+            monkeypatch.setattr("wlsup.callbacks.checkpoints.save_checkpoint_file", refuse)
+            monkeypatch.setattr("wlsup.callbacks.run_folder.write_json", lambda path, content: refuse(content, path))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Approach, "training_step", turn)
+    assert main(command(folder)) == 2
+    error = capsys.readouterr().err
+    assert "Read-only file system" in error
+    assert "Traceback" not in error
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert not (folder / "results.json").exists()
 
 
 def test_a_torn_last_checkpoint_is_passed_over_with_a_sentence(finished, tmp_path, capsys):
