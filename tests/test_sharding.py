@@ -29,14 +29,17 @@ from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec, build_optimizer
 from wlsup.sharding import SlicedGradScaler, clip_gradients_, gradient_norm, has_shards, shard
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream(), "record_event"), reason="this torch shares out on GPUs only"
+)
 WORLD, TIMEOUT = 2, 420
 
 OPTIONS = (
-    "--data.pairs 16 --data.validation_pairs 8 --data.eval_sets [] --data.batch_size 4 --trainer.max_epochs 2 "
+    "--data.pairs 8 --data.validation_pairs 4 --data.eval_sets [] --data.batch_size 4 --trainer.max_epochs 2 "
     "--trainer.accelerator cpu --trainer.devices 2 --captioning.samples 0 --captioning.pictures 0 "
     "--model.encoder_lr 1e-3 --model.lr 1e-2"
 )
-"""Four steps of two processes."""
+"""Two steps of two processes."""
 
 
 def fit(folder, *options, approach="magma_moe"):
@@ -159,7 +162,7 @@ class TestRuns:
 
     def test_what_ddp_began_it_ends_and_it_saves_whole_tensors(self, runs):
         mine, theirs = checkpoint(runs, "fsdp"), checkpoint(runs, "mixed")
-        assert mine["global_step"] == theirs["global_step"] == 4
+        assert mine["global_step"] == theirs["global_step"] == 2
         assert mine["state_dict"].keys() == theirs["state_dict"].keys()
         for kind in (lambda saved: saved["state_dict"], moments):
             for name, value in kind(theirs).items():
@@ -168,7 +171,7 @@ class TestRuns:
 
     def test_broken_off_and_resumed_it_is_the_same_bit_for_bit(self, runs):
         once, twice = checkpoint(runs, "fsdp"), checkpoint(runs, "again")
-        assert once["global_step"] == twice["global_step"] == 4
+        assert once["global_step"] == twice["global_step"] == 2
         for kind in (lambda saved: saved["state_dict"], moments):
             for name, value in kind(once).items():
                 assert torch.equal(kind(twice)[name], value), name

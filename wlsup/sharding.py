@@ -21,6 +21,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from wlsup.errors import WlsupError
+
 __all__ = [
     "SlicedGradScaler",
     "any_sliced",
@@ -40,7 +42,12 @@ def shard(units: Sequence[nn.Module], device: torch.device) -> None:
     Args:
         units: modules that have no parameter in common, and are computed by calling them. Of one dtype each.
         device: where the slices go.
+
+    Raises:
+        WlsupError: a CPU, and a torch that shares out on GPUs only.
     """
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream(), "record_event"):
+        raise WlsupError(f"torch {torch.__version__} shares out on GPUs only: use trainer.strategy ddp on CPUs.")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)

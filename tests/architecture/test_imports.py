@@ -24,7 +24,7 @@ ALLOWED = {
     "objectives": {"objectives", "models", "batch", "draws", "errors", "ranks"},
     "plan": {"errors"},
     "optim": {"errors", "sharding"},
-    "sharding": set(),
+    "sharding": {"errors"},
     "waiting": {"errors"},
     "batch": {"draws"},
     "checkpoint_file": {"errors", "files"},

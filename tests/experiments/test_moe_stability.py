@@ -164,6 +164,8 @@ def test_the_results_that_are_kept_are_those_of_the_runs(study):
     record = json.loads(path.read_text())
     assert study.lacking(record["runs"], 5) == []
     assert record["seconds"] <= 60 * 60  # of one core without bfloat16 units
-    assert json.loads(json.dumps(study.summary(record["runs"]))) == record["summary"]
+    again = json.loads(json.dumps(study.summary(record["runs"])), parse_float=lambda x: round(float(x), 6))
+    kept = json.loads(json.dumps(record["summary"]), parse_float=lambda x: round(float(x), 6))
+    assert again == kept  # to six digits: quantiles of Student's t are each scipy's own
     assert path.with_suffix(".md").read_text() == study.markdown(record)
     assert path.with_suffix(".png").stat().st_size > 5_000

@@ -15,14 +15,14 @@ import torch
 from wlsup.checkpoint_file import read_checkpoint
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-STEPS = 32  # 256 pairs, two processes of 16 a step, two epochs
+STEPS = 16  # 128 pairs, two processes of 8, two epochs
 
 
 def start(folder, *options):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "wlsup",
         "fit", "-c", "experiments/base.yaml", "-c", "experiments/lit.yaml", "--run_dir", folder / "run",
-        "--data.pairs", "256", "--data.validation_pairs", "16", "--data.batch_size", "8", "--data.eval_sets", "[]",
+        "--data.pairs", "128", "--data.validation_pairs", "16", "--data.batch_size", "8", "--data.eval_sets", "[]",
         "--trainer.max_epochs", "2", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator",
         "cpu", "--trainer.log_every_n_steps", "1", "--checkpoints.every_minutes", "1e-6", *options,
     ]  # fmt: skip

@@ -57,7 +57,7 @@ ONCE = MoESpec(experts=4, k=1, combine="renormalized", jitter=0.0, balance_weigh
 TO_SHARE = ("mae_lm", "linear_map", "magma", "magma_moe", "magma_moe, ffn")
 SHARDED = {f"{case}, shared out": CASES[case] for case in TO_SHARE}
 SHARDED |= {"magma_moe, renormalized, shared out": ("magma_moe", {"prefix": DRY, "moe": ONCE})}
-CASES |= SHARDED
+CASES |= SHARDED if hasattr(torch.cpu.Stream(), "record_event") else {}  # older: on GPUs only
 WORDS = "red blue green square circle star left right above small large sand grass water night brick"
 WORDS = WORDS.split(" ")
 
