@@ -63,6 +63,30 @@ def test_training_gives_the_same_as_without_the_cache_and_without_augmentation(l
     assert losses(lit, cached) == pytest.approx(losses(lit, uncached), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["lit", "linear_map", "magma", "magma_moe"])
+def test_every_approach_that_reads_a_locked_encoder_has_the_same_loss_and_gradients(name):
+    options = {"encoder_lr": 0.0} if name.startswith("magma") else {}
+    torch.manual_seed(0)
+    module = approach_class(name)(**options)
+    module.setup("fit")
+    module.train()
+    data = data_for(module)
+    (cached, *_), dataset = list(data.train_dataloader()), plain_dataset(data)
+    position = {key: index for index, key in enumerate(dataset.keys)}
+    uncached = dataset.__getitems__([position[key] for key in cached.keys])
+    uncached.captions = cached.captions
+    found = []
+    for batch in (cached, uncached):
+        module.zero_grad()
+        torch.manual_seed(1)
+        loss = module.losses(batch)["loss"]
+        loss.backward()
+        gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        found.append((loss.item(), torch.cat(gradients)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert float((found[0][1] - found[1][1]).norm() / found[1][1].norm()) <= 1e-4
+
+
 def test_captions_are_still_drawn_each_epoch_as_without_the_cache(lit):
     cached, plain = (list(data_for(lit, cache).train_dataloader()) for cache in (True, False))
     assert [batch.captions for batch in cached] == [batch.captions for batch in plain]
