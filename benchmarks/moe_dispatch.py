@@ -6,8 +6,7 @@ One thread, fp32, 4,096 tokens, D = 768, H = 3,072; a step is forward, the balan
 inputs too. Each pair times the dense MLP and right after it the candidate, in CPU time of the process, which a busy
 machine disturbs less than the clock on the wall; a row is the median over the pairs of candidate / dense. Routing is
 balanced (every expert gets the same number of tokens) or skewed (expert r gets a share that falls as 1 / r). Memory is
-the peak of one step above the state before it, in a fresh process, gradients allocated beforehand: they are as many as
-the parameters are, whoever dispatches.
+the peak of one step above the state before it, in a fresh process, with the gradients of all E experts that it makes.
 
 Peers: transformers' Mixtral block, whose gated MLPs have three products, with H = 2,048 (equal FLOPs), in both of its
 implementations; a loop over boolean masks, parameters of their own; and every expert on all tokens, masked (E = 8 only:
@@ -20,6 +19,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -118,17 +118,20 @@ def build(who: str, experts: int) -> tuple[nn.Module, Callable[[], Tensor | floa
     return layer.train(), auxiliary
 
 
-def make_step(who: str, experts: int, routing: str, keep_gradients: bool = False) -> Step:
-    """Forward, losses, backward."""
+def make_step(who: str, experts: int, routing: str) -> tuple[Step, Step]:
+    """Forward, losses, backward; and what frees the gradients."""
     layer, auxiliary = build(who, experts)
     tokens = make_tokens(experts, routing).requires_grad_()
 
-    def step() -> None:
-        layer.zero_grad(set_to_none=not keep_gradients)
+    def free() -> None:
+        layer.zero_grad()
         tokens.grad = None
+
+    def step() -> None:
+        free()
         (layer(tokens).square().mean() + auxiliary()).backward()
 
-    return step
+    return step, free
 
 
 def seconds(step: Step) -> float:
@@ -140,7 +143,7 @@ def seconds(step: Step) -> float:
 
 def compare(who: str, experts: int, routing: str, pairs: int) -> dict:
     """Interleave dense and candidate."""
-    dense, candidate = make_step("dense", experts, routing), make_step(who, experts, routing)
+    (dense, _), (candidate, _) = make_step("dense", experts, routing), make_step(who, experts, routing)
     for step in (dense, candidate):
         step()
     times = [(seconds(dense), seconds(candidate)) for _ in range(pairs)]
@@ -160,13 +163,16 @@ def compare(who: str, experts: int, routing: str, pairs: int) -> dict:
 def measure_memory(who: str, experts: int, routing: str) -> float:
     """Peak MiB of one step, in a fresh process."""
     command = [sys.executable, __file__, "--probe", who, "--experts", str(experts), "--routing", routing]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what was freed before has been given back
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600, env=environment)
+    return float(done.stdout)
 
 
 def probe(who: str, experts: int, routing: str) -> None:
-    """Print the peak of the second step: gradients, and what libraries allocate once, are there then."""
-    step = make_step(who, experts, routing, keep_gradients=True)
+    """Print the peak of the second step: what libraries allocate once is there then."""
+    step, free = make_step(who, experts, routing)
     step()
+    free()
     with open("/proc/self/statm") as statm:
         start = int(statm.read().split()[1]) * resource.getpagesize()
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as reset:

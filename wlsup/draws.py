@@ -2,7 +2,8 @@
 
 Process r of W holds rows r, r + W, r + 2 W, ... of the global batch, as `wlsup.data.sampler` deals them out. Where the
 processes share a stream each draws for the global batch and takes its own rows, so that 2 processes with 16 samples
-draw what one with 32 does. What a layer draws on its own (dropout, a router's jitter) is each process's.
+draw what one with 32 does. What is drawn token by token (a router's jitter and noise), whose number depends on the
+captions beside, is each process's.
 """
 
 from __future__ import annotations

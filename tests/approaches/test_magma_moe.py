@@ -36,6 +36,11 @@ SHORT = PrefixSpec(pool=4, dropout=0.0)
 WIDTH, BLOCKS = 128, 4
 ROUTERS = ("top_k", "noisy_top_k", "hash")
 MIXTURES = ("adapters", "ffn")
+PLACES = {
+    "adapters": {},
+    "attention": {"adapters": LanguageAdapterSpec(mlp="none", attention="scaled_parallel")},
+    "ffn": {"mixture": "ffn"},
+}
 
 
 @pytest.fixture
@@ -140,10 +145,10 @@ class TestWhatTrains:
 
 
 class TestStep0:
-    @pytest.mark.parametrize("mixture", MIXTURES)
+    @pytest.mark.parametrize("place", PLACES)
     @pytest.mark.parametrize("router", ROUTERS)
-    def test_the_language_model_computes_what_the_pretrained_one_does(self, batch, mixture, router):
-        approach = make(MoESpec(experts=4, k=2, router=router), mixture=mixture)
+    def test_the_language_model_computes_what_the_pretrained_one_does(self, batch, place, router):
+        approach = make(MoESpec(experts=4, k=2, router=router), **PLACES[place])
         front = approach._front(approach.encode(batch))
         captions = approach.language.tokenizer(CAPTIONS)
         with torch.no_grad():
@@ -151,10 +156,23 @@ class TestStep0:
             with approach._without():
                 plain = logits(approach, front, captions.ids, captions.mask)
         real = torch.cat([torch.ones(front.shape[:2], dtype=torch.bool), captions.mask], dim=1)
-        if mixture == "adapters":
-            assert torch.equal(mixed[real], plain[real])
-        else:
+        if place == "ffn":
             assert (mixed - plain)[real].abs().max() <= 1e-5 * plain.abs().max()
+        else:
+            assert torch.equal(mixed[real], plain[real])
+
+    @pytest.mark.parametrize("noise", [0.0, 0.1])
+    def test_noise_sets_copies_apart_by_its_share_of_each_matrix_spread(self, noise):
+        approach = make(mixture="ffn", noise=noise)
+        for block, layer in zip(approach.mixtures.blocks, layers(approach), strict=True):
+            for name, dense in approach.language.blocks[block].mlp.named_parameters():
+                copies = torch.stack([expert.get_parameter(name) for expert in layer.experts])
+                if noise and dense.ndim > 1:
+                    draws = ((copies - dense) / dense.std()).flatten(1)
+                    assert draws.std(1).tolist() == pytest.approx([noise] * 4, rel=0.05)
+                    assert (draws.corrcoef() - torch.eye(4)).abs().max() < 0.1  # each expert its own
+                else:
+                    assert torch.equal(copies, dense.expand_as(copies))
 
     def test_with_zero_up_experts_captioning_moves_experts_at_once_and_the_router_a_step_later(self, batch):
         spec = MoESpec(experts=4, k=2, balance="none", z_weight=0.0)
@@ -214,12 +232,12 @@ class TestLosses:
 
 
 class TestCausal:
-    @pytest.mark.parametrize("mixture", MIXTURES)
+    @pytest.mark.parametrize("place", PLACES)
     @pytest.mark.parametrize("capacity", [None, 2.0])
     @pytest.mark.parametrize("router", ROUTERS)
-    def test_a_later_token_changes_no_logits_before_it(self, batch, mixture, router, capacity):
+    def test_a_later_token_changes_no_logits_before_it(self, batch, place, router, capacity):
         spec = MoESpec(experts=4, k=2, router=router, capacity_factor=capacity)
-        approach = scattered(make(spec, mixture=mixture)).eval()
+        approach = scattered(make(spec, **PLACES[place])).eval()
         if capacity:  # so tight that choices are dropped; the function at step 0 is not what is tested here
             for layer in layers(approach):
                 layer.spec = layer.router.spec = MoESpec(experts=4, k=2, router=router, capacity_factor=0.6)
@@ -227,6 +245,8 @@ class TestCausal:
         with torch.no_grad():
             front = approach._front(approach.encode(batch))[:1]
             before = logits(approach, front, ids)
+            with approach._without():
+                assert (logits(approach, front, ids) - before).abs().max() > 1e-3  # the mixtures take part
             if capacity:
                 assert max(float(layer.routing.dropped) for layer in layers(approach)) > 0
             for place in range(ids.shape[1]):
@@ -274,10 +294,10 @@ class TestIds:
         assert all(torch.equal(a, b) for a, b in zip(words, fed, strict=True))
         assert len(words[0]) == (12 if method == "beam" else 4)
 
-    @pytest.mark.parametrize("mixture", MIXTURES)
+    @pytest.mark.parametrize("place", PLACES)
     @pytest.mark.parametrize("router", ROUTERS)
-    def test_greedy_captions_are_those_of_whole_passes(self, batch, mixture, router):
-        approach = scattered(make(MoESpec(experts=4, k=2, router=router), mixture=mixture)).eval()
+    def test_greedy_captions_are_those_of_whole_passes(self, batch, place, router):
+        approach = scattered(make(MoESpec(experts=4, k=2, router=router), **PLACES[place])).eval()
         tokenizer = approach.language.tokenizer
         with torch.no_grad():
             front = approach._front(approach.encode(batch))
@@ -327,10 +347,15 @@ class Cut(Callback):
             raise RuntimeError("cut off")
 
 
-def fit(folder, spec, cut=False, resume=None, accumulate=1, callbacks=(), **data):
+def fit(folder, spec, cut=False, resume=None, accumulate=1, callbacks=(), mixture="adapters", **data):
     torch.manual_seed(0)
     approach = MagmaMoE(
-        prefix=PrefixSpec(pool=4), moe=spec, lr=5e-3, encoder_lr=0, language=LanguageSpec(max_length=24)
+        prefix=PrefixSpec(pool=4),
+        mixture=mixture,
+        moe=spec,
+        lr=5e-3,
+        encoder_lr=0,
+        language=LanguageSpec(max_length=24),
     )
     module = CaptionDataModule(pairs=64, validation_pairs=8, batch_size=16, eval_sets=[], cache_features=True, **data)
     checkpoints = [ModelCheckpoint(folder, filename="last", enable_version_counter=False)] if folder else []
@@ -358,15 +383,17 @@ BALANCED = MoESpec(experts=4, k=2, router="hash", hash="balanced")
 
 
 class TestRuns:
+    @pytest.mark.parametrize("mixture", MIXTURES)
     @pytest.mark.parametrize("spec", [BIAS, BALANCED], ids=["bias", "hash"])
-    def test_a_run_cut_off_and_resumed_ends_as_the_unbroken_one(self, spec, tmp_path):
-        whole, _ = fit(tmp_path / "whole", spec)
-        fit(tmp_path / "cut", spec, cut=True)
+    def test_a_run_cut_off_and_resumed_ends_as_the_unbroken_one(self, spec, mixture, tmp_path):
+        whole, _ = fit(tmp_path / "whole", spec, mixture=mixture)
+        fit(tmp_path / "cut", spec, mixture=mixture, cut=True)
         saved = tmp_path / "cut" / "last.ckpt"
         buffer = "bias_steps" if spec is BIAS else "table"
         kept = torch.load(saved, weights_only=True)["state_dict"]
-        assert sum(name.endswith(f"router.{buffer}") for name in kept) == BLOCKS
-        resumed, _ = fit(tmp_path / "cut", spec, resume=str(saved))
+        mixtures = BLOCKS if mixture == "adapters" else BLOCKS // 2
+        assert sum(name.endswith(f"router.{buffer}") for name in kept) == mixtures
+        resumed, _ = fit(tmp_path / "cut", spec, mixture=mixture, resume=str(saved))
         for name, tensor in whole.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], tensor), name
 

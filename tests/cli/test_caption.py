@@ -27,10 +27,10 @@ def flickr8k(folder):
     return rows
 
 
-def fit(run, folder, *options):
+def fit(run, folder, *options, approach="mae_lm"):
     assert (
         main(
-            ["fit", "-c", "experiments/base.yaml", "-c", "experiments/mae_lm.yaml", "--data.source", "table",
+            ["fit", "-c", "experiments/base.yaml", "-c", f"experiments/{approach}.yaml", "--data.source", "table",
              "--data.captions", str(folder / "captions.txt"), "--data.images", str(folder / "images.tar"),
              "--data.pairs", "16", "--data.validation_pairs", "8", "--data.batch_size", "8", "--data.eval_sets", "[]",
              "--trainer.max_epochs", "1", "--run_dir", str(run), *options]
@@ -51,6 +51,16 @@ def source(tmp_path_factory):
 def run(tmp_path_factory, source):
     folder = tmp_path_factory.mktemp("run")
     fit(folder, source, "--captioning.pictures", "6", "--captioning.samples", "6")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hashed_run(tmp_path_factory, source):
+    """A run whose table of hash routing is made of its own captions, and whose experts differ enough for it to tell."""
+    folder = tmp_path_factory.mktemp("hashed_run")
+    moe = ["--model.moe.router", "hash", "--model.moe.hash", "balanced", "--model.moe.k", "1"]
+    fit(folder, source, *moe, "--model.lr", "3e-2", "--captioning.pictures", "6", "--captioning.samples", "6",
+        "--captioning.every_n_epochs", "0", approach="magma_moe")  # fmt: skip
     return folder
 
 
@@ -106,9 +116,12 @@ def test_fewer_pictures_are_some_of_more(source):
     assert data.held_out(0) == ([], {})
 
 
-def test_a_picture_is_captioned_as_the_run_captions_its_own(run, source, tmp_path, capsys):
+@pytest.mark.parametrize(("approach", "which"), [("mae_lm", "run"), ("magma_moe", "hashed_run")])
+def test_a_picture_is_captioned_as_the_run_captions_its_own(approach, which, source, tmp_path, capsys, request):
     import tarfile
 
+    run = request.getfixturevalue(which)
+    capsys.readouterr()
     samples = json.loads((run / "results.json").read_text())["captioning"]["samples"]
     with tarfile.open(source / "images.tar") as tar:
         for sample in samples:
@@ -118,7 +131,7 @@ def test_a_picture_is_captioned_as_the_run_captions_its_own(run, source, tmp_pat
     assert {Path(row["image"]).name: row["caption"] for row in said["captions"]} == {
         sample["key"]: sample["generated"] for sample in samples
     }
-    assert (said["approach"], said["generation"]["method"], said["skipped"]) == ("mae_lm", "greedy", {})
+    assert (said["approach"], said["generation"]["method"], said["skipped"]) == (approach, "greedy", {})
 
 
 def test_one_line_a_picture_and_what_a_folder_holds_of_other_files_is_left_out(run, picture, capsys):

@@ -37,6 +37,8 @@ def test_the_mini_encoder_there_and_back(tmp_path, capsys):
         "moe": count + 3 * (3 * mlp + router),
         "active": count + 3 * (mlp + router),
     }
+    # weights alone: the optimizer's state starts from scratch
+    assert {path.name for path in (tmp_path / "moe").iterdir()} == {"config.json", "model.safetensors"}
     assert set(read_expert(tmp_path / "moe", 3, 1)) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
     back = report(capsys, tmp_path / "moe", tmp_path / "dense", "--dense")
     assert back["parameters"] == count
@@ -91,6 +93,27 @@ def test_clusters(kind, tmp_path, capsys):
     assert "its experts differ" in capsys.readouterr().err
 
 
+@torch.no_grad()
+def test_noise_comes_on_top_of_clusters(tmp_path, capsys):
+    options = ["--experts", 2, "--last", 2, "--clusters", "--tokens", 500]
+    plain = report(capsys, "mini", tmp_path / "plain", *options)
+    noisy = report(capsys, "mini", tmp_path / "noisy", *options, "--noise", 0.1)
+    assert noisy["clusters"] == plain["clusters"]  # whose error is against the MLP without noise
+    assert noisy["relative_error"] != plain["relative_error"]
+    draws = []
+    layers = [moe_layers(load_moe(tmp_path / name)).values() for name in ("plain", "noisy")]
+    for before, after in zip(*layers, strict=True):
+        assert torch.equal(after.router.weight, before.router.weight)
+        for old, new in zip(before.experts, after.experts, strict=True):
+            assert torch.equal(new.fc1.bias, old.fc1.bias)
+            for name in ("fc1", "fc2"):
+                weight = getattr(old, name).weight
+                draw = (getattr(new, name).weight - weight) / weight.std()
+                assert float(draw.std()) == pytest.approx(0.1, rel=0.05)
+                draws.append(draw.flatten())
+    assert (torch.stack(draws).corrcoef() - torch.eye(len(draws))).abs().max() < 0.1  # each its own
+
+
 def test_clusters_of_own_pictures_and_texts(tmp_path, capsys):
     from torchvision.io import write_png
 
@@ -133,11 +156,37 @@ def test_the_table_says_layers_counts_and_the_error(tmp_path, capsys):
         (["--k", "9"], "k between 1 and experts"),
         (["--kind", "audio"], "Valid: vision, language"),
         (["--dtype", "int8"], "float32, bfloat16, float16"),
-        (["--images", "x"], "add --clusters"),
+        (["--images", "x"], "nothing reads --images: add --clusters"),
+        (["--text", "x"], "nothing reads --text: add --clusters"),
+        (["--energy", "0.99", "--tokens", "16384"], "nothing reads --tokens, --energy: add --clusters"),
+        (["--noise", "-0.1", "--clusters"], "--noise -0.1: give 0 or a positive number"),
         (["--clusters", "--images", "nowhere"], "--images: no such file or folder"),
         (["--clusters", "--text", "x"], "--text is for language models"),
         (["--kind", "language", "--router", "soft", "--allow-change"], "not causal"),
         (["--dense"], "No such file"),
+        *(
+            (["--dense", *option.split()], f"takes --json alone: leave {option.split()[0]} out")
+            for option in (
+                "--kind vision",
+                "--experts 8",
+                "--k 1",
+                "--every 2",
+                "--last 1",
+                "--blocks 1",
+                "--router top_k",
+                "--combine straight_through",
+                "--capacity 1",
+                "--noise 0",
+                "--seed 0",
+                "--clusters",
+                "--energy 0.9",
+                "--images x",
+                "--text x",
+                "--tokens 9",
+                "--allow-change",
+                "--dtype float16",
+            )
+        ),
         (["--what"], "wlsup upcycle --help"),
     ],
 )

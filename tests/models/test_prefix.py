@@ -69,6 +69,11 @@ def test_patches_of_a_masked_picture_are_put_in_order():
 def test_dropout_only_in_training():
     prefix, seen = ImagePrefix(6, 8, PrefixSpec(dropout=0.5)), vision()
     assert not torch.equal(prefix(seen, (4, 4)), prefix(seen, (4, 4)))
+    mapped = prefix.project(prefix.select(seen, (4, 4))).detach()
+    torch.manual_seed(3)
+    wanted = torch.nn.functional.dropout(mapped, 0.5)  # alone a process draws as torch's own dropout does
+    torch.manual_seed(3)
+    assert torch.equal(prefix.dropout(mapped), wanted)
     prefix.eval()
     assert torch.equal(prefix(seen, (4, 4)), prefix(seen, (4, 4)))
 

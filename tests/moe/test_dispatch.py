@@ -146,14 +146,17 @@ class CountingTensor:
 
     def __init__(self, monkeypatch):
         self.waits = 0
-        for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__setitem__"):
+        for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__setitem__",
+                     "__getitem__", "cpu", "numpy"):  # fmt: skip
             self._count(monkeypatch, name)
 
     def _count(self, monkeypatch, name):
         original = getattr(torch.Tensor, name)
 
         def counted(tensor, *args, **kwargs):
-            self.waits += 1
+            parts = args[0] if args and isinstance(args[0], tuple) else args
+            by_mask = any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
+            self.waits += name != "__getitem__" or by_mask  # how many rows a mask takes only the device knows
             return original(tensor, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, counted)

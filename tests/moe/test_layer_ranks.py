@@ -62,10 +62,9 @@ def step(model, batch):
     found = {f"gradient of {name}": parameter.grad for name, parameter in plain.named_parameters()}
     found |= {name: value.detach() for name, value in losses.items()}
     for number, layer in enumerate(plain.layers):
-        if layer.spec.router not in ("hash", "soft"):
-            routing = layer.routing
-            found[f"load {number}"], found[f"probability {number}"] = routing.load, routing.probability
-            found[f"dropped {number}"], found[f"entropy {number}"] = routing.dropped, routing.entropy
+        routing = layer.routing
+        found[f"load {number}"], found[f"probability {number}"] = routing.load, routing.probability
+        found[f"dropped {number}"], found[f"entropy {number}"] = routing.dropped, routing.entropy
         if layer.spec.balance == "bias":
             found[f"bias {number}"] = layer.router.bias
     return found

@@ -149,7 +149,7 @@ def test_noise_is_learned_from_a_deviation_of_ln_2_and_is_not_there_at_evaluatio
 
 
 def test_fixed_noise_has_deviation_one_over_the_number_of_experts():
-    router = NoisyTopKRouter(D, MoESpec(experts=E, noise="fixed"))
+    router = NoisyTopKRouter(D, MoESpec(experts=E, router="noisy_top_k", noise="fixed"))
     assert [name for name, _ in router.named_parameters()] == ["weight"]
     noise = router.choosing(torch.zeros(200, 200, D), torch.zeros(200, 200, E))
     assert noise.std().item() == pytest.approx(1 / E, rel=0.02)

@@ -3,6 +3,8 @@ import pytest
 from wlsup.errors import WlsupError
 from wlsup.moe import MoESpec
 
+ROUTERS = ("top_k", "noisy_top_k", "expert_choice", "soft", "hash")
+
 
 @pytest.mark.parametrize(
     ("options", "says"),
@@ -30,6 +32,35 @@ from wlsup.moe import MoESpec
 def test_a_wrong_value_is_one_clear_error(options, says):
     with pytest.raises(WlsupError, match=says):
         MoESpec(**options)
+
+
+OTHER = {  # of each option a value that is not the default, and the routers that read it
+    "combine": ("raw", {"top_k", "noisy_top_k", "expert_choice"}),
+    "bias_rate": (0.1, {"top_k", "noisy_top_k"}),
+    "jitter": (0.1, {"top_k", "noisy_top_k", "expert_choice", "soft"}),
+    "router_dtype": ("model", {"top_k", "noisy_top_k", "expert_choice", "soft"}),
+    "noise": ("fixed", {"noisy_top_k"}),
+    "hash": ("balanced", {"hash"}),
+    "hash_seed": (1, {"hash"}),
+    "slots": (2, {"soft"}),
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("option", OTHER)
+def test_an_option_that_the_router_does_not_read_is_refused(option, router):
+    value, readers = OTHER[option]
+    if router in readers:
+        assert getattr(MoESpec(router=router, **{option: value}), option) == value
+    else:
+        with pytest.raises(WlsupError, match=f"moe.{option}: {value} .* {router} does not read it: leave moe.{option}"):
+            MoESpec(router=router, **{option: value})
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_what_holds_of_every_router_may_be_said_of_every_router(router):
+    MoESpec(router=router, combine="renormalized", jitter=0, balance="none")
+    MoESpec(router=router, balance_weight=0.1, z_weight=0.1, init_std=0.3)
 
 
 @pytest.mark.parametrize(("router", "why"), [("expert_choice", "push an earlier one out"), ("soft", "mixtures of")])

@@ -3,6 +3,7 @@
 All cases run in one set of processes, each over one step's worth of the same pictures, captions and random draws.
 """
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -16,7 +17,6 @@ from wlsup.approaches import APPROACHES, approach_class
 from wlsup.batch import CaptionBatch
 from wlsup.data.datamodule import CaptionDataModule
 from wlsup.draws import share, unshare
-from wlsup.models.prefix import PrefixSpec
 from wlsup.moe import MoESpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec
@@ -26,12 +26,9 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 B, WORLD, TIMEOUT = 8, 2, 420
 
-DRY = PrefixSpec(dropout=0.0)  # what a layer draws on its own is each process's
 MOE = {"experts": 4, "k": 2, "jitter": 0.0, "balance_weight": 0.1}
+"""Without jitter, which each process draws for its own tokens."""
 CASES = {name: (name, {}) for name in APPROACHES} | {
-    "mae_lm": ("mae_lm", {"prefix": DRY}),
-    "linear_map": ("linear_map", {"prefix": DRY}),
-    "magma": ("magma", {"prefix": DRY}),
     "reprogramming": ("reprogramming", {"probe_pictures": 100}),
     "cross_modal_reprogramming": ("cross_modal_reprogramming", {"probe_pictures": 100, "penalty": 0.1}),
     "film, siglip, masked": ("film", {"objective": ObjectiveSpec(contrastive="siglip", contrastive_view="masked")}),
@@ -39,24 +36,32 @@ CASES = {name: (name, {}) for name in APPROACHES} | {
     "full, regularised": ("full", {"regularizer": RegularizerSpec(distill=1.0, l2sp=0.1)}),
     "selective_k, rgn": ("selective_k", {"criterion": "rgn", "k": 2}),
     "selective_k, fisher": ("selective_k", {"criterion": "fisher", "k": 2}),
-    "magma_moe": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**MOE)}),
+    "magma_moe": ("magma_moe", {"moe": MoESpec(**MOE)}),
     "magma_moe, ffn, hash": (
         "magma_moe",
-        {"prefix": DRY, "mixture": "ffn", "moe": MoESpec(experts=4, k=1, router="hash")},
+        {"mixture": "ffn", "moe": MoESpec(experts=4, k=1, router="hash")},
     ),
-    "magma_moe, ffn": ("magma_moe", {"prefix": DRY, "mixture": "ffn", "moe": MoESpec(**MOE)}),
-    "magma_moe, hash": ("magma_moe", {"prefix": DRY, "moe": MoESpec(experts=4, k=1, router="hash")}),
+    "magma_moe, ffn": ("magma_moe", {"mixture": "ffn", "moe": MoESpec(**MOE)}),
+    "magma_moe, hash": ("magma_moe", {"moe": MoESpec(experts=4, k=1, router="hash")}),
     "magma_moe, balanced hash": (
         "magma_moe",
-        {"prefix": DRY, "moe": MoESpec(experts=4, k=1, router="hash", hash="balanced")},
+        {"moe": MoESpec(experts=4, k=1, router="hash", hash="balanced")},
     ),
-    "magma_moe, bias": ("magma_moe", {"prefix": DRY, "moe": MoESpec(**{**MOE, "balance": "bias", "bias_rate": 0.05})}),
+    "magma_moe, bias": ("magma_moe", {"moe": MoESpec(**{**MOE, "balance": "bias", "bias_rate": 0.05})}),
 }
+CACHED = {
+    "lit, cached": CASES["lit"],
+    "linear_map, cached": CASES["linear_map"],
+    "magma, cached": ("magma", {"encoder_lr": 0.0}),
+    "magma_moe, cached": ("magma_moe", {"encoder_lr": 0.0, "moe": MoESpec(**MOE)}),
+}
+"""Fed with what the frozen encoder made of the pictures, as `data.cache_features` does."""
+CASES |= CACHED
 ONCE = MoESpec(experts=4, k=1, combine="renormalized", jitter=0.0, balance_weight=0.1)
 """Its router learns by what it adds to the loss alone, and so without the mixture's output."""
 TO_SHARE = ("mae_lm", "linear_map", "magma", "magma_moe", "magma_moe, ffn")
 SHARDED = {f"{case}, shared out": CASES[case] for case in TO_SHARE}
-SHARDED |= {"magma_moe, renormalized, shared out": ("magma_moe", {"prefix": DRY, "moe": ONCE})}
+SHARDED |= {"magma_moe, renormalized, shared out": ("magma_moe", {"moe": ONCE})}
 CASES |= SHARDED if hasattr(torch.cpu.Stream(), "record_event") else {}  # older: on GPUs only
 WORDS = "red blue green square circle star left right above small large sand grass water night brick"
 WORDS = WORDS.split(" ")
@@ -109,6 +114,9 @@ def step(case, rank, world):
     name, options = CASES[case]
     batch = pairs(rank, world)
     approach = made(name, options, batch)
+    if case in CACHED:
+        with torch.no_grad():
+            batch = replace(batch, images=torch.empty(len(batch), 0), encoded=approach.encoder(batch.images))
     whole = Training(approach)
     if world > 1 and case in SHARDED:
         shard(approach.shardable, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""``wlsup export``: a run's encoder, or its adapter alone, in a folder that says what it is."""
+"""``wlsup export``: a run's encoder, its adapter alone, or its language model, in a folder that says what it is."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ Write the encoder that a run has trained, in a folder with a model card (README.
   model.safetensors, config.json   a plain ViT, the adapter folded in where that can be: timm loads it in three lines
   encoder.pt2                      where it cannot: a program that torch loads in three lines
   adapter_model.safetensors        with --adapter-only: what trained, and on which base model it stands
+  model.safetensors, config.json   with --language: an MoE checkpoint (no card), the trained experts in the MLPs' places
 
   RUN                           a finished run's folder
   --alpha A|chosen              WiSE-FT: (1 - A) pretrained + A fine-tuned; chosen: what `wlsup wise-ft` chose (1)
   --adapter-only                only what trained
-  -o, --out DIR                 a new or empty folder (RUN/export, RUN/export-alpha0.5, RUN/export-adapter)
+  --language                    the language model of a run of magma_moe with mixture: ffn
+  -o, --out DIR                 a new or empty folder (RUN/export, RUN/export-alpha0.5, RUN/export-adapter, ...)
   --licence NAME                for the model card, such as cc-by-4.0 (the card says `other` without it)
   --json                        machine-readable: what was written
 """
@@ -50,7 +52,9 @@ def run(arguments: list[str]) -> int:
     parser = CommandParser("export")
     parser.add_argument("run")
     parser.add_argument("--alpha", default="1")
-    parser.add_argument("--adapter-only", action="store_true")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--adapter-only", dest="form", action="store_const", const="adapter", default="encoder")
+    form.add_argument("--language", dest="form", action="store_const", const="language")
     parser.add_argument("-o", "--out")
     parser.add_argument("--licence", "--license", default="other")
     parser.add_argument("--json", action="store_true")
@@ -60,7 +64,7 @@ def run(arguments: list[str]) -> int:
     folder = Path(options.run)
     check_finished(folder)
     alpha = _alpha(folder, options.alpha)
-    out = Path(options.out) if options.out else folder / _name(alpha, options.adapter_only)
+    out = Path(options.out) if options.out else folder / _name(alpha, options.form)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise WlsupError(f"{out} is there already. Give a new or empty folder with --out, or remove it.")
     log_to_terminal(quiet=True)
@@ -123,8 +127,8 @@ def _alpha(folder: Path, text: str) -> float:
     return values[0]
 
 
-def _name(alpha: float, adapter_only: bool) -> str:
-    return "export" + ("" if alpha == 1 else f"-alpha{alpha:g}") + ("-adapter" if adapter_only else "")
+def _name(alpha: float, form: str) -> str:
+    return "export" + ("" if alpha == 1 else f"-alpha{alpha:g}") + ("" if form == "encoder" else f"-{form}")
 
 
 def _export(folder: Path, out: Path, alpha: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +137,7 @@ def _export(folder: Path, out: Path, alpha: float, options: argparse.Namespace) 
     from wlsup.evaluation.wise_ft_curve import load_tensors
 
     module, _ = load_run(folder)
-    if module.untouched and not (options.adapter_only and alpha == 1):
+    if module.untouched and (options.form == "encoder" or alpha != 1):
         raise WlsupError(
             f"Approach {module.name!r} leaves the encoder as it was pretrained ({module.encoder.base_id}), so that "
             "there is no encoder to export; --adapter-only writes what it trained beside it."
@@ -168,7 +172,9 @@ def _write(module: Approach, folder: Path, place: Path, alpha: float, options: a
     from wlsup.cli.model_card import model_card
     from wlsup.files import write_json, write_text
 
-    if options.adapter_only:
+    if options.form == "language":
+        return _write_language(module, place, alpha)
+    if options.form == "adapter":
         kind, what = "adapter", _write_adapter(module, folder, place, alpha)
         difference = None
     else:
@@ -219,6 +225,34 @@ def _write_adapter(module: Approach, folder: Path, place: Path, alpha: float) ->
     }
     write_json(place / ADAPTER_CONFIG, config)
     return f"what trained, {len(tensors)} tensors, for wlsup on the base model {module.encoder.base_id}"
+
+
+def _write_language(module: Approach, place: Path, alpha: float) -> dict[str, Any]:
+    """Write the language model with its experts in the MLPs' places; return what it is.
+
+    Raises:
+        WlsupError: the run has no such experts.
+    """
+    from wlsup.moe.checkpoint import save_moe
+    from wlsup.moe.upcycle import UpcycledMLPs
+
+    mixtures = getattr(module, "mixtures", None)
+    if not isinstance(mixtures, UpcycledMLPs):
+        raise WlsupError(
+            f"--language is for runs of magma_moe with mixture: ffn; this run of {module.name!r} has no experts in the "
+            "places of a language model's MLPs. --adapter-only writes what it trained."
+        )
+    mixtures.detach()
+    mixtures.replace(module.language)
+    save_moe(module.language, place, made_by={"approach": module.name, "alpha": alpha})
+    return {
+        "kind": "language",
+        "what": f"an MoE checkpoint of the language model {module.language.base['id']}",
+        "approach": module.name,
+        "alpha": alpha,
+        "bases": module.bases,
+        "files": sorted(path.name for path in place.iterdir()),
+    }
 
 
 def _write_encoder(module: Approach, place: Path) -> tuple[str, str, float]:

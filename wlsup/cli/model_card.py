@@ -16,7 +16,7 @@ def loading_lines(kind: str, folder: str) -> list[str]:
     """Return the lines of Python that load an export and use it.
 
     Args:
-        kind: "timm", "program" or "adapter".
+        kind: "timm", "program", "adapter" or "language".
         folder: its name; the lines run beside it.
     """
     if kind == "timm":
@@ -30,6 +30,12 @@ def loading_lines(kind: str, folder: str) -> list[str]:
             "import torch",
             f'encoder = torch.export.load("{folder}/encoder.pt2").module()',
             "features = encoder(images)",
+        ]
+    if kind == "language":
+        return [
+            "from wlsup.moe.checkpoint import load_moe",
+            f'language = load_moe("{folder}")',
+            "logits = language.model(input_ids=ids).logits",
         ]
     return [
         "from pathlib import Path; from wlsup.cli.export import load_adapter",

@@ -35,7 +35,7 @@ checkpoint: OUT/model.safetensors and OUT/config.json. With --dense the other wa
   --router NAME                 top_k | noisy_top_k | expert_choice | soft | hash
   --combine NAME                straight_through | renormalized | raw
   --capacity X                  times the even share of tokens that an expert takes at most (dropless)
-  --noise X                     Gaussian noise on the experts, relative to each matrix's spread (0)
+  --noise X                     Gaussian noise on the experts, relative to each matrix's spread (0); on top of clusters
   --seed N                      of router, noise and clusters (0)
   --clusters                    experts that differ: each a low-rank part of the MLP for its own cluster of activations
   --energy X                    share of spectral energy that each expert keeps on its cluster (0.99)
@@ -44,10 +44,20 @@ checkpoint: OUT/model.safetensors and OUT/config.json. With --dense the other wa
   --tokens N                    calibration tokens (16384)
   --allow-change                write a model that does not compute what the dense one did
   --dtype NAME                  float32 | bfloat16 | float16, on disk (the model's own)
-  --dense                       give the dense model back
+  --dense                       give the dense model back; takes --json alone
   --json                        machine-readable, complete
 """
 
+_DEFAULTS = {
+    "experts": 8,
+    "k": 1,
+    "router": "top_k",
+    "combine": "straight_through",
+    "noise": 0.0,
+    "seed": 0,
+    "energy": 0.99,
+    "tokens": 16384,
+}
 _PROBE = 4  # pictures or texts on which the upcycled model is compared with the dense one
 
 
@@ -73,16 +83,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("weights")
     parser.add_argument("out")
     parser.add_argument("--kind")
-    for name, default in (("experts", 8), ("k", 1), ("every", None), ("last", None), ("tokens", 16384)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--blocks")
-    parser.add_argument("--router", default="top_k")
-    parser.add_argument("--combine", default="straight_through")
-    parser.add_argument("--capacity", type=float)
-    parser.add_argument("--noise", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--energy", type=float, default=0.99)
-    for name in ("images", "text", "dtype"):
+    for name in ("experts", "k", "every", "last", "tokens", "seed"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("capacity", "noise", "energy"):
+        parser.add_argument(f"--{name}", type=float)
+    for name in ("blocks", "router", "combine", "images", "text", "dtype"):
         parser.add_argument(f"--{name}")
     for name in ("clusters", "allow-change", "dense", "json"):
         parser.add_argument(f"--{name}", action="store_true")
@@ -92,9 +97,26 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         choose("kind of model", options.kind, ("vision", "language"))
     if options.dtype is not None:
         choose("dtype", options.dtype, ("float32", "bfloat16", "float16"))
-    if not options.clusters and (options.images or options.text):
-        raise WlsupError("--images and --text are what clusters are made from: add --clusters, or leave them out.")
+    _refuse_unread(options)
+    for name, default in _DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    if options.noise < 0:
+        raise WlsupError(f"--noise {options.noise:g}: give 0 or a positive number.")
     return options
+
+
+def _refuse_unread(options: argparse.Namespace) -> None:
+    """Refuse options that were given and would do nothing, before defaults stand for the others."""
+    given = [name for name, value in vars(options).items() if value is not None and value is not False]
+    if options.dense and (unread := _shown(given, set(given) - {"weights", "out", "dense", "json"})):
+        raise WlsupError(f"--dense gives back the MLPs that were upcycled, and takes --json alone: leave {unread} out.")
+    if not options.clusters and (unread := _shown(given, {"energy", "images", "text", "tokens"})):
+        raise WlsupError(f"Without --clusters nothing reads {unread}: add --clusters, or leave {unread} out.")
+
+
+def _shown(given: list[str], wanted: set[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in given if name in wanted)
 
 
 def _upcycle(options: argparse.Namespace) -> dict[str, Any]:
@@ -104,7 +126,7 @@ def _upcycle(options: argparse.Namespace) -> dict[str, Any]:
     from wlsup.moe.cluster import ClusterSpec, activations, specialise
     from wlsup.moe.sites import blocks_of, choose_blocks
     from wlsup.moe.spec import MoESpec
-    from wlsup.moe.upcycle import moe_layers, upcycle
+    from wlsup.moe.upcycle import add_noise, moe_layers, upcycle
 
     blocks = None
     if options.blocks is not None:
@@ -129,12 +151,15 @@ def _upcycle(options: argparse.Namespace) -> dict[str, Any]:
     inputs = None
     if options.clusters:
         inputs = activations(model, chosen, _calibration(model, kind, options), options.tokens)
-    upcycle(model, chosen, spec, noise=options.noise, seed=options.seed, exact=not options.allow_change)
+    noise = 0.0 if options.clusters else options.noise
+    upcycle(model, chosen, spec, noise=noise, seed=options.seed, exact=not options.allow_change)
     layers = moe_layers(model)
     made_by: dict[str, Any] = {"seed": options.seed, "noise": options.noise}
     clustered: dict[str, Any] = {}
     if inputs is not None:
         clustered = {name: asdict(specialise(layers[name], inputs[name], clusters)) for name in layers}
+        # Clusters are made of the dense MLP, so that noise before them would be lost.
+        add_noise((expert for layer in layers.values() for expert in layer.experts), options.noise, options.seed)
         made_by["clusters"] = asdict(clusters)
     error = float((_outputs(model, kind, probe) - wanted).norm() / wanted.norm())
     dtype = None if options.dtype is None else getattr(torch, options.dtype)

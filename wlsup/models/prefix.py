@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wlsup.batch import VisionOutput
+from wlsup.draws import per_sample
 from wlsup.errors import WlsupError, choose
 
 __all__ = ["ImagePrefix", "PrefixSpec"]
@@ -53,6 +54,21 @@ class PrefixSpec:
             raise WlsupError("prefix.pool averages patches; with prefix.tokens: pooled set prefix.length.")
 
 
+class _Dropout(nn.Dropout):
+    """Dropout whose draws do not depend on over how many processes the batch is spread."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...)."""
+        if not self.training or not self.p:
+            return x
+        share = 1 - self.p
+
+        def draw(count: int, generator: torch.Generator | None) -> Tensor:
+            return x.new_empty(count, *x.shape[1:]).bernoulli_(share, generator=generator)
+
+        return x * per_sample(draw, len(x), x.device).div_(share)
+
+
 class ImagePrefix(nn.Module):
     """Linear map, dropout and, in MAGMA's form, LayerNorm.
 
@@ -69,7 +85,7 @@ class ImagePrefix(nn.Module):
         super().__init__()
         self.spec = spec
         self.project = nn.Linear(image_width, language_width * spec.length)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = _Dropout(spec.dropout)
         self.norm = nn.LayerNorm(language_width) if spec.layer_norm else None
 
     def positions(self, grid: tuple[int, int]) -> int:

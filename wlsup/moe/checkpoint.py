@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from wlsup.models.language import LanguageModel, LanguageSpec
 from wlsup.models.saving import save_vision
 from wlsup.models.vision import VisionEncoder
 from wlsup.models.weights import read_json, read_weights, tensors_sha256, write_folder
-from wlsup.moe.sites import blocks_of
 from wlsup.moe.spec import MoESpec
 from wlsup.moe.token_ids import TokenIds
 from wlsup.moe.upcycle import moe_layers, restore, upcycle
@@ -115,12 +114,11 @@ def load_moe(folder: str | Path) -> VisionEncoder | MoELanguageModel:
     if config["sha256"] != tensors_sha256(tensors):
         raise WlsupError(f"{folder} is damaged: {_WEIGHTS} is not the file that config.json describes. Copy it again.")
     model = _vision(config) if config["kind"] == "vision" else _language(config, folder)
-    path, _ = blocks_of(model)
     spec, token_ids, frequencies = MoESpec(**config["spec"]), None, None
     if spec.router == "hash":
         token_ids = TokenIds(model.vocabulary, config["prefix"])
         frequencies = torch.ones(token_ids.rows)  # the table itself is in the file
-    chosen = [_block(name, path) for name in config["layers"]]
+    chosen = [_place(name)[0] for name in config["layers"]]
     upcycle(model, chosen, spec, exact=False, token_ids=token_ids, frequencies=frequencies)
     own = model.state_dict()
     # Tensors that a model uses twice (tied embeddings) are in the file once.
@@ -136,34 +134,42 @@ def load_moe(folder: str | Path) -> VisionEncoder | MoELanguageModel:
     return model
 
 
-def read_expert(folder: str | Path, block: int, expert: int) -> dict[str, Tensor]:
+def read_expert(folder: str | Path, block: int, expert: int, slot: str = "mlp") -> dict[str, Tensor]:
     """Read one expert of one block, without reading the rest of the file.
 
     Args:
-        folder: an MoE checkpoint.
+        folder: an MoE checkpoint, or what ``wlsup export --adapter-only`` made of a run of magma_moe.
         block: position of the block.
         expert: position of the expert.
+        slot: "mlp", or "attention" for a mixture of adapters there.
 
     Returns:
         The expert's tensors under its own keys, for ``layer.experts[expert].load_state_dict``.
 
     Raises:
-        WlsupError: no MoE checkpoint, a damaged one, or a block or expert that it does not have.
+        WlsupError: neither of the two, a damaged one, or a block or expert that it does not have.
     """
     folder = Path(folder)
-    config = _config(folder)
-    there = {int(name.split(".")[-2]): name for name in config["layers"]}
-    if block not in there:
-        raise WlsupError(f"Block {block} of {folder} is no MoE layer; those that are: {', '.join(map(str, there))}.")
-    if not 0 <= expert < config["spec"]["experts"]:
-        raise WlsupError(f"There is no expert {expert}: {folder} has experts 0 to {config['spec']['experts'] - 1}.")
-    prefix = f"{there[block]}.experts.{expert}."
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and read_json(adapter).get("format") == "wlsup-adapter":
+        weights = folder / "adapter_model.safetensors"
+    else:
+        _config(folder)
+        weights = folder / _WEIGHTS
     try:
-        with safe_open(folder / _WEIGHTS, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  (it is no dict)
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        with safe_open(weights, framework="pt") as file:
+            there = _experts(file.keys())
+            if (block, slot) not in there:
+                others = [str(at) if other == slot else f"{at} ({other})" for at, other in sorted(there)] or ["none"]
+                raise WlsupError(
+                    f"Block {block} of {folder}, at its {slot}, is no MoE layer; those that are: {', '.join(others)}."
+                )
+            experts = there[block, slot]
+            if expert not in experts:
+                raise WlsupError(f"There is no expert {expert}: {folder} has experts 0 to {max(experts)}.")
+            return {own: file.get_tensor(name) for own, name in experts[expert].items()}
     except (SafetensorError, OSError) as error:
-        raise WlsupError(f"{folder / _WEIGHTS} is damaged ({error}): copy it again.") from error
+        raise WlsupError(f"{weights} is damaged ({error}): copy it again.") from error
 
 
 def save_dense(model: VisionEncoder | LanguageModel, folder: str | Path) -> Path:
@@ -232,9 +238,21 @@ def _language(config: dict[str, Any], folder: Path) -> MoELanguageModel:
     return MoELanguageModel(model, folder, dict(config["base"]))
 
 
-def _block(layer: str, path: str) -> int:
-    """Position of the block in a layer's name: "backbone.blocks.1.mlp" -> 1."""
-    return int(layer.removeprefix(f"{path}.").partition(".")[0])
+def _place(layer: str) -> tuple[int, str]:
+    """Block and slot of a layer: "backbone.blocks.1.mlp" -> (1, "mlp"), "mixtures.attention.3" -> (3, "attention")."""
+    *_, before, last = layer.replace("_", ".").split(".")
+    return (int(last), before) if last.isdigit() else (int(before), "mlp")
+
+
+def _experts(names: Iterable[str]) -> dict[tuple[int, str], dict[int, dict[str, str]]]:
+    """Find a file's experts: of each block and slot, of each expert, its own keys and the names in the file."""
+    there: dict[tuple[int, str], dict[int, dict[str, str]]] = {}
+    for name in names:
+        layer, inside, rest = name.partition(".experts.")
+        if inside:
+            number, _, own = rest.partition(".")
+            there.setdefault(_place(layer), {}).setdefault(int(number), {})[own] = name
+    return there
 
 
 def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

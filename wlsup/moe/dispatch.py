@@ -110,7 +110,10 @@ def dispatch(x: Tensor, assignment: Assignment, experts: Sequence[nn.Module], pa
         order = order[: sum(sizes)]
         token = assignment.token[order]
         rows = x.index_select(0, token)
-        outputs = torch.cat([expert(part) for expert, part in zip(experts, rows.split(sizes), strict=True)])
+        parts = rows.split(sizes)
+        # The busiest expert last, so that backward begins with it, and what it keeps is gone when other gradients come.
+        results = {e: experts[e](parts[e]) for e in sorted(range(len(sizes)), key=sizes.__getitem__)}
+        outputs = torch.cat([results[e] for e in range(len(sizes))])
     elif path == "grouped":
         token = assignment.token[order]
         outputs = _grouped(x.index_select(0, token), ranked, counts, experts)

@@ -237,18 +237,23 @@ class MoE(nn.Module):
         else:
             outputs = torch.stack([expert(part) for expert, part in zip(self.experts, own, strict=True)])
         outputs = outputs.unflatten(1, (-1, spec.slots)).transpose(0, 1).flatten(1, 2)  # (B, E S, D)
+        over_ranks = self._over_ranks()
         with torch.no_grad():
-            number = real.sum().clamp_min(1)
             weights = reading.unflatten(-1, (spec.experts, spec.slots)).sum(-1)
-            load = weights.sum((0, 1)) / number
+            entropy = (torch.special.entr(weights).sum(-1) * real).sum()
+            squares = (logits.logsumexp(-1).square() * real).sum()
+            own = torch.cat([weights.sum((0, 1)), torch.stack([real.sum(), entropy, squares])])
+            load, (number, entropy, squares) = global_sum(own, over_ranks).split([spec.experts, 3])
+            number = number.clamp_min(1)
+            load = load / number
             self._losses = {}
             self.routing = Routing(
                 load=load,
                 probability=load,
-                entropy=(torch.special.entr(weights).sum(-1) * real).sum() / number,
+                entropy=entropy / number,
                 dropped=torch.zeros_like(load[0]),
                 max_logit=(logits.abs() * real[..., None]).amax(),
-                z=(logits.logsumexp(-1).square() * real).sum() / number,
+                z=squares / number,
             )
         return torch.einsum("bsd,bls->bld", outputs, reading.to(outputs.dtype))
 
@@ -256,10 +261,11 @@ class MoE(nn.Module):
         """Make losses and telemetry, over the ranks' tokens together in training."""
         spec, experts = self.spec, self.spec.experts
         if routed.logits is None:
-            share = routed.chosen / routed.choices.clamp_min(1)
+            own = torch.cat([routed.chosen, torch.stack([routed.choices, routed.dropped])]).float()
+            chosen, (choices, dropped) = global_sum(own, self._over_ranks()).split([experts, 2])
+            share, dropped = chosen / choices.clamp_min(1), dropped / choices.clamp_min(1)
             zero = torch.zeros_like(share[0])
             self._losses = {}
-            dropped = routed.dropped / routed.choices.clamp_min(1)
             self.routing = Routing(share, share, zero, dropped, zero, zero)
             return
         logits = routed.logits
@@ -272,8 +278,7 @@ class MoE(nn.Module):
             facts = torch.stack([real.sum(), routed.choices, routed.dropped, entropy.detach()]).to(dtype)
             chosen = routed.chosen.to(dtype)
         own = torch.cat([(probability * real[..., None]).sum((0, 1)).to(dtype), squares[None].to(dtype), chosen, facts])
-        # Only in training: at evaluation ranks need not have equally many batches.
-        together = global_sum(own, over_ranks=self.training and torch.is_grad_enabled())
+        together = global_sum(own, self._over_ranks())
         summed, squares, chosen, facts = together.split([experts, 1, experts, 4])
         number, choices = facts[0].detach().clamp_min(1), facts[1].detach().clamp_min(1)
         load, mean, z = chosen.detach() / choices, summed / number, squares[0] / number
@@ -292,6 +297,10 @@ class MoE(nn.Module):
             max_logit=(logits.detach().abs() * real[..., None]).amax(),
             z=z.detach(),
         )
+
+    def _over_ranks(self) -> bool:
+        """Whether to sum over ranks: in training only, since at evaluation they need not have equally many batches."""
+        return self.training and torch.is_grad_enabled()
 
     def _remember(self, chosen: Tensor) -> None:
         own = chosen.to(torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from wlsup.errors import WlsupError, choose
 
@@ -18,6 +18,23 @@ _WHY_NOT_CAUSAL = {
     "one out",
     "soft": "each expert reads mixtures of the whole sequence",
 }
+
+_BY_LOGITS = ("top_k", "noisy_top_k", "expert_choice")
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "combine": _BY_LOGITS,
+    "bias_rate": ("top_k", "noisy_top_k"),
+    "jitter": (*_BY_LOGITS, "soft"),
+    "router_dtype": (*_BY_LOGITS, "soft"),
+    "noise": ("noisy_top_k",),
+    "hash": ("hash",),
+    "hash_seed": ("hash",),
+    "slots": ("soft",),
+}
+"""Which routers read an option. Not here: k, capacity_factor and balance, whose errors say more, and balance_weight,
+z_weight and init_std, which comparisons of routers set once for all."""
+
+_TRUE_ANYHOW: dict[str, Any] = {"combine": "renormalized", "jitter": 0}
+"""What holds of the routers that do not read the option: the weights of hash and soft add up to 1."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ class MoESpec:
         slots: of soft, an expert.
 
     Raises:
-        WlsupError: a value out of its range, or options that exclude one another.
+        WlsupError: a value out of its range, options that exclude one another, or one that the router does not read.
     """
 
     experts: int = 8
@@ -112,6 +129,13 @@ class MoESpec:
                 f"moe.balance: bias is for the routers top_k and noisy_top_k; {self.router} has nothing to balance. "
                 "Leave moe.balance out."
             )
+        for option, routers in _READ_BY.items():
+            given = getattr(self, option)
+            if self.router not in routers and given not in (getattr(MoESpec, option), _TRUE_ANYHOW.get(option)):
+                raise WlsupError(
+                    f"moe.{option}: {given} is for moe.router: {' or '.join(routers)}, and {self.router} does not read "
+                    f"it: leave moe.{option} out."
+                )
 
     @property
     def learned(self) -> bool:

@@ -2,12 +2,13 @@
 
 Two forms. `upcycle` puts MoE layers in the MLPs' places: a model of its own, for MoE checkpoints. `UpcycledMLPs` holds
 them outside: the dense model keeps its keys and tensors, its MLPs only let the MoE layers compute for them while
-attached. The optimizer's state starts from scratch in both, since every parameter is a new one.
+attached, until `UpcycledMLPs.replace` makes the first form of the second. The optimizer's state starts from scratch in
+both, since every parameter is a new one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +21,7 @@ from wlsup.moe.sites import LooseMLP, Site, blocks_of, choose_blocks, language_m
 from wlsup.moe.spec import MoESpec
 from wlsup.moe.token_ids import TokenIds
 
-__all__ = ["UpcycledMLPs", "change_of_function", "moe_layers", "restore", "upcycle"]
+__all__ = ["UpcycledMLPs", "add_noise", "change_of_function", "moe_layers", "restore", "upcycle"]
 
 
 def upcycle(
@@ -60,13 +61,11 @@ def upcycle(
         WlsupError: see ``exact``; a router that is not causal in a language model; blocks that there are not or that
             have no dense MLP.
     """
-    sites = _sites(module, blocks)
-    token_ids = _token_ids(module, spec, token_ids)
-    layers = _layers(module, sites, spec, noise, seed, exact, token_ids, frequencies)
-    _surround(module, sites, layers, token_ids)
-    for site, layer in zip(sites, layers, strict=True):
-        site.replace(layer)
-    return layers
+    mlps = UpcycledMLPs(
+        module, blocks, spec, noise=noise, seed=seed, exact=exact, token_ids=token_ids, frequencies=frequencies
+    )
+    mlps.replace(module)
+    return list(mlps.layers.values())
 
 
 def restore(module: nn.Module) -> nn.Module:
@@ -161,15 +160,7 @@ class UpcycledMLPs(nn.Module):
         Raises:
             WlsupError: attached already, or a model with other blocks than these were made from.
         """
-        if self._undo:
-            raise WlsupError("These upcycled MLPs are attached already; detach() them first.")
-        sites = sites_of(module, self.blocks)
-        if [site.name.replace(".", "_") for site in sites] != list(self.layers):
-            raise WlsupError(
-                f"These upcycled MLPs were made from {', '.join(self.layers)}; the model has "
-                f"{', '.join(site.name for site in sites)}."
-            )
-        layers = list(self.layers.values())
+        sites, layers = self._own_sites(module), list(self.layers.values())
         self._undo += _surround(module, sites, layers, self.token_ids)
         self._undo += [site.divert(layer) for site, layer in zip(sites, layers, strict=True)]
         return self
@@ -179,6 +170,28 @@ class UpcycledMLPs(nn.Module):
         for undo in self._undo:
             undo()
         self._undo.clear()
+
+    def replace(self, module: nn.Module) -> None:
+        """Put the layers in the MLPs' places for good: ``module`` is then as `upcycle` leaves it.
+
+        Raises:
+            WlsupError: as `attach`.
+        """
+        sites, layers = self._own_sites(module), list(self.layers.values())
+        _surround(module, sites, layers, self.token_ids)
+        for site, layer in zip(sites, layers, strict=True):
+            site.replace(layer)
+
+    def _own_sites(self, module: nn.Module) -> list[Site]:
+        if self._undo:
+            raise WlsupError("These upcycled MLPs are attached already; detach() them first.")
+        sites = sites_of(module, self.blocks)
+        if [site.name.replace(".", "_") for site in sites] != list(self.layers):
+            raise WlsupError(
+                f"These upcycled MLPs were made from {', '.join(self.layers)}; the model has "
+                f"{', '.join(site.name for site in sites)}."
+            )
+        return sites
 
 
 def change_of_function(spec: MoESpec) -> str | None:
@@ -210,6 +223,29 @@ def change_of_function(spec: MoESpec) -> str | None:
     return None
 
 
+@torch.no_grad()
+def add_noise(experts: Iterable[nn.Module], noise: float, seed: int | None = None) -> None:
+    """Add Gaussian noise to every matrix of every expert, in place; vectors stay.
+
+    Args:
+        experts: of one layer or of several: no two get the same draw.
+        noise: standard deviation, relative to each matrix's own; 0 changes and draws nothing.
+        seed: whatever the global random state; None: drawn from the global random state.
+
+    Raises:
+        WlsupError: noise below 0.
+    """
+    if noise < 0:
+        raise WlsupError(f"noise must be 0 or more, not {noise:g}.")
+    if not noise:
+        return
+    with _seeded(seed):
+        for expert in experts:
+            for parameter in expert.parameters():
+                if parameter.ndim > 1:
+                    parameter += noise * parameter.std() * torch.randn_like(parameter)
+
+
 def _sites(module: nn.Module, blocks: Sequence[int] | None) -> list[Site]:
     _, there = blocks_of(module)
     return sites_of(module, choose_blocks(len(there), blocks=blocks))
@@ -233,8 +269,6 @@ def _layers(
     token_ids: TokenIds | None,
     frequencies: Tensor | None,
 ) -> list[MoE]:
-    if noise < 0:
-        raise WlsupError(f"noise must be 0 or more, not {noise:g}.")
     causal = language_model_of(module) is not None
     if causal:
         spec.check_causal()
@@ -253,8 +287,7 @@ def _layers(
     with _seeded(seed):
         for site in sites:
             experts = [site.expert() for _ in range(spec.experts)]
-            if noise:
-                _add_noise(experts, noise)
+            add_noise(experts, noise)
             layer = MoE(experts, site.width, spec, causal, rows, frequencies, token_ids)
             device = next(site.mlp().parameters()).device
             layers.append(layer.to(device).requires_grad_(True).train(site.block.training))
@@ -300,11 +333,3 @@ def _first_difference(layer: MoE) -> str | None:
             if not torch.equal(tensor, first[name]):
                 return f"{name} of expert {number}"
     return None
-
-
-@torch.no_grad()
-def _add_noise(experts: Sequence[nn.Module], noise: float) -> None:
-    for expert in experts:
-        for parameter in expert.parameters():
-            if parameter.ndim > 1:
-                parameter += noise * parameter.std() * torch.randn_like(parameter)
