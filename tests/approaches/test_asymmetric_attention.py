@@ -117,6 +117,13 @@ def test_it_validates_without_a_graph():
     assert math.isfinite(losses["matching"]) and not losses["loss"].requires_grad
 
 
+def test_options_of_captions_that_the_picture_does_not_see_are_refused():
+    with pytest.raises(WlsupError, match="leave objective.caption_dropout out"):
+        text_asks(objective=ObjectiveSpec(caption_dropout=0.1))
+    with pytest.raises(WlsupError, match=r"leave fusion.null_tokens out"):
+        AsymmetricAttentionApproach(fusion=FusionSpec(kind="asymmetric_text", null_tokens=8))
+
+
 def test_matching_without_a_text_that_asks_is_refused():
     with pytest.raises(WlsupError, match="asymmetric_text only"):
         AsymmetricAttentionApproach(matching=MatchingSpec())

@@ -76,6 +76,12 @@ def contrasts(approach):
         pytest.skip(f"{approach.name} has no shared image-text space")
 
 
+@pytest.mark.parametrize("name", ["mae_cl", "full", "lora", "selective_k"])
+def test_where_no_caption_is_told_none_can_be_dropped(name):
+    with pytest.raises(WlsupError, match="leave objective.caption_dropout out"):
+        approach_class(name)(objective=ObjectiveSpec(caption_dropout=0.1))
+
+
 @pytest.mark.parametrize("name", sorted(APPROACHES))
 class TestContract:
     def test_name_and_summary(self, name, approach):
@@ -95,10 +101,11 @@ class TestContract:
                 assert torch.equal(tensor, before[key]), f"{key} is frozen and moved"
 
     def test_frozen_modules_stay_in_eval_through_every_epoch(self, name, approach):
-        approach.setup("fit")
-        for _ in range(2):
-            approach.eval()
-            approach.train()
+        approach.setup("fit")  # as Lightning leaves it: that calls no train() of its own
+        for epoch in range(3):
+            if epoch:
+                approach.eval()
+                approach.train()
             assert approach.training
             for key, module in approach.named_modules():
                 own = list(module.parameters())

@@ -25,3 +25,9 @@ def test_only_the_heads_train_and_the_loss_is_the_contrastive_one():
 def test_objectives_that_a_locked_encoder_cannot_follow_are_refused(wrong):
     with pytest.raises(WlsupError, match="reconstruction_weight to 0"):
         Lit(objective=ObjectiveSpec(**wrong))
+
+
+@pytest.mark.parametrize("unread", [{"micro_batch": 8}, {"caption_dropout": 0.1}, {"mask_ratio": 0.5}])
+def test_options_that_it_would_not_read_are_refused(unread):
+    with pytest.raises(WlsupError, match=f"leave objective.{next(iter(unread))} out"):
+        Lit(objective=ObjectiveSpec(reconstruction_weight=0.0, **unread))

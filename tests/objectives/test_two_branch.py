@@ -9,7 +9,7 @@ from wlsup.errors import WlsupError
 from wlsup.models.heads import ContrastiveHead
 from wlsup.models.mae import DecoderSpec, build_mae
 from wlsup.models.vision import VisionSpec
-from wlsup.objectives.two_branch import ObjectiveSpec, two_branch_losses
+from wlsup.objectives.two_branch import ObjectiveSpec, image_embedding, two_branch_losses
 
 TINY = VisionSpec(pretrained=False, architecture="vit(img_size=32,patch_size=8,embed_dim=48,depth=2,num_heads=3)")
 
@@ -51,6 +51,20 @@ def test_captions_reach_the_reconstruction_unless_dropped(parts):
     untold = [losses(parts, p, caption_dropout=1.0, contrastive_weight=0.0)["loss"] for p in (one, other)]
     assert not torch.equal(told[0], told[1])
     assert torch.equal(untold[0], untold[1])
+
+
+def test_the_contrastive_branch_sees_the_view_that_is_set(parts):
+    mae, head, _ = parts
+    seen = []
+    mae.encoder.register_forward_hook(lambda module, args, output: seen.append(output.tokens.shape[1]))
+    images = torch.randn(2, 3, 32, 32)  # 16 patches, of which a mask of 0.75 leaves 4
+    for view in ("full", "masked"):
+        image_embedding(mae, head, images, ObjectiveSpec(contrastive_view=view))
+    mae.eval()  # as a frozen encoder is in training too
+    image_embedding(mae, head, images, ObjectiveSpec(contrastive_view="masked"))
+    head.eval()
+    image_embedding(mae, head, images, ObjectiveSpec(contrastive_view="masked"))
+    assert seen == [1 + 16, 1 + 4, 1 + 4, 1 + 16]
 
 
 def test_null_embedding_is_trained_by_the_contrastive_branch(parts):

@@ -88,8 +88,14 @@ class AsymmetricAttentionApproach(Approach):
                 "the picture. Leave matching out, or set the kind."
             )
         self.matching = None if self.fusion.image_sees_text else matching or MatchingSpec()
-        if self.matching is not None and objective.micro_batch is not None:
-            raise WlsupError("matching looks at the whole batch's passes: leave objective.micro_batch out.")
+        if self.matching is not None:
+            objective.refuse("micro_batch", because="matching looks at the whole batch's passes")
+            objective.refuse("caption_dropout", because="with asymmetric_text the picture never looks at a caption")
+            if fusion.null_tokens != FusionSpec.null_tokens:
+                raise WlsupError(
+                    "with asymmetric_text the picture never looks at a caption, so none is ever absent: leave "
+                    "fusion.null_tokens out."
+                )
         self.train_decoder = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
 
     @property

@@ -96,6 +96,7 @@ class Approach(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Follow the plan before the optimizer is made; remember where training starts."""
         self.plan.apply(self)
+        self.train()  # Lightning takes modules in the modes that it finds
         parameters = {planned.name: planned.parameter for planned in self.plan.resolve(self) if planned.rule.trains}
         self.regularizer.begin(self.features, self.pretrained, parameters, self.image_spec.size)
         self.start.note(self)
@@ -137,8 +138,7 @@ class Approach(lightning.LightningModule):
     def configure_optimizers(self) -> dict:
         """One optimizer over the plan's groups, its schedule stepped every batch."""
         optimizer = build_optimizer(self.optimizer_spec, self.plan.parameter_groups(self))
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = build_schedule(self.optimizer_spec, optimizer, steps)
+        schedule = build_schedule(self.optimizer_spec, optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

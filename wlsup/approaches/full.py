@@ -55,6 +55,7 @@ class Full(Approach):
         encoder_lr: float = 1e-4,
     ) -> None:
         super().__init__(optimizer, regularizer)
+        objective.refuse("caption_dropout", because="the encoder is told no caption, so there is none to drop")
         self.objective, self.lr, self.weight_decay, self.encoder_lr = objective, lr, weight_decay, encoder_lr
         self.mae, self.text, self.head = build_towers(encoder, decoder, text, objective)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
 from torch import Tensor
 
 from wlsup.approaches.base import Approach
@@ -16,6 +21,8 @@ from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
 
 __all__ = ["Lit"]
+
+_log = logging.getLogger("wlsup")
 
 
 class Lit(Approach):
@@ -39,7 +46,8 @@ class Lit(Approach):
 
     Raises:
         WlsupError: reconstruction has a weight, or the contrastive branch sees masked pictures: the one would teach a
-            locked encoder nothing, the other would make it compute its features again every epoch.
+            locked encoder nothing, the other would make it compute its features again every epoch; or another option of
+            ``objective`` is set that is not read here.
     """
 
     name = "lit"
@@ -64,10 +72,11 @@ class Lit(Approach):
                 "lit leaves the encoder as it is: set objective.reconstruction_weight to 0 and "
                 "objective.contrastive_view to full."
             )
-        if objective.micro_batch is not None:
-            raise WlsupError("lit keeps no activations of the encoder: leave objective.micro_batch out.")
+        objective.refuse("micro_batch", because="lit keeps no activations of the encoder")
+        objective.refuse("caption_dropout", "mask_ratio", because="lit reads whole pictures alone")
         self.objective, self.lr, self.weight_decay = objective, lr, weight_decay
         self.mae, self.text, self.head = build_towers(encoder, decoder, text, objective)
+        self._read: dict[str, Tensor] = {}
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -93,4 +102,19 @@ class Lit(Approach):
     def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """(B, E) pictures and (B, E) captions."""
         image = self.head.embed_images(self.encode(batch).pooled)
-        return image, self.head.embed_captions(self.text(batch.captions).pooled)
+        if self._read.keys() >= set(batch.captions):
+            text = torch.stack([self._read[caption] for caption in batch.captions]).to(image.device)
+        else:
+            text = self.text(batch.captions).pooled
+        return image, self.head.embed_captions(text)
+
+    def on_fit_start(self) -> None:
+        """With cached features, read every training caption once too: the text encoder is as frozen as the other."""
+        data = self.trainer.datamodule
+        if getattr(data, "cache_features", False):
+            self.remember(chain.from_iterable(data.captions))
+
+    def remember(self, captions: Iterable[str]) -> None:
+        """Keep what the text encoder makes of captions, C numbers each, in place of reading them again."""
+        self._read = self.text.read_all(captions)
+        _log.info("data.cache_features: the text encoder ran once over %d captions", len(self._read))

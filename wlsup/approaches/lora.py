@@ -61,6 +61,7 @@ class Lora(Approach):
         rslora: bool = False,
     ) -> None:
         super().__init__(optimizer, regularizer)
+        objective.refuse("caption_dropout", because="the encoder is told no caption, so there is none to drop")
         self.objective, self.lr, self.weight_decay = objective, lr, weight_decay
         mae, text_encoder, self.head = build_towers(encoder, decoder, text, objective)
         # Before the encoder that holds the same tensors: a parameter's name is the first under which it is found.

@@ -27,7 +27,7 @@ class MaeCL(Approach):
         encoder: the pretrained vision encoder.
         decoder: MAE's decoder, where the encoder's weights bring none.
         text: the frozen text encoder.
-        objective: losses, their weights, mask ratio, caption dropout.
+        objective: losses, their weights, mask ratio; no caption is told, so there is none to drop.
         optimizer: optimizer and schedule.
         regularizer: what holds the encoder near the pretrained one.
         lr: of all that trains, after warm-up.
@@ -51,6 +51,7 @@ class MaeCL(Approach):
         encoder_lr: float = 1e-4,
     ) -> None:
         super().__init__(optimizer, regularizer)
+        objective.refuse("caption_dropout", because="the encoder is told no caption, so there is none to drop")
         self.objective, self.lr, self.weight_decay = objective, lr, weight_decay
         self.mae = build_mae(encoder, decoder)
         self.text = TextEncoder(text)

@@ -95,6 +95,7 @@ class SelectiveK(Approach):
         selection_seed: int = 0,
     ) -> None:
         super().__init__(optimizer, regularizer)
+        objective.refuse("caption_dropout", because="the encoder is told no caption, so there is none to drop")
         self.objective, self.lr, self.weight_decay, self.encoder_lr = objective, lr, weight_decay, encoder_lr
         self.criterion = choose("criterion", criterion, CRITERIA)
         if batches < 1:

@@ -66,6 +66,16 @@ class ObjectiveSpec:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise WlsupError(f"micro_batch must be at least 1, or none, not {self.micro_batch}.")
 
+    def refuse(self, *options: str, because: str) -> None:
+        """Refuse options that an approach does not read and that are set.
+
+        Raises:
+            WlsupError: one of them is not its default.
+        """
+        for option in options:
+            if getattr(self, option) != getattr(ObjectiveSpec, option):
+                raise WlsupError(f"{because}: leave objective.{option} out.")
+
 
 def build_towers(
     encoder: VisionSpec, decoder: DecoderSpec, text: TextSpec, spec: ObjectiveSpec
@@ -94,7 +104,7 @@ def image_embedding(mae: MaskedAutoencoder, head: ContrastiveHead, images: Tenso
 
     Args:
         mae: holds the encoder.
-        head: its image projection is applied.
+        head: its image projection is applied; in train mode a masked view is one.
         images: (B, 3, H, W).
         spec: says whether the branch sees the full picture or a masked one.
 
@@ -102,7 +112,7 @@ def image_embedding(mae: MaskedAutoencoder, head: ContrastiveHead, images: Tenso
         (B, projection_width), of unit length.
     """
     keep = None
-    if spec.contrastive_view == "masked" and mae.training:
+    if spec.contrastive_view == "masked" and head.training:  # the encoder may be frozen
         patches = (images.shape[-2] // mae.patch_size) * (images.shape[-1] // mae.patch_size)
         keep, _, _ = random_masking(len(images), patches, spec.mask_ratio, device=images.device)
 
