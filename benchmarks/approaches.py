@@ -8,8 +8,8 @@ has both branches, only the contrastive one runs, so that all rows encode the sa
 another objective run their own. Memory is the peak during forward and backward above what is held before (weights,
 optimizer states): resident memory on a CPU (Linux), allocated memory on a GPU. Peers: full fine-tuning, and peft's LoRA
 on the bare timm model. Bars: lst at most 0.18x the memory of full, adapters in the top four blocks 0.25x; a
-step of lit on cached features at most 0.01x the time of one without. Checkpointed: with
---model.encoder.gradient_checkpointing true.
+step on cached features at most 0.01x the time of one without (linear_map cannot: its language model runs every time).
+Checkpointed: with --model.encoder.gradient_checkpointing true.
 """
 
 from __future__ import annotations
@@ -48,11 +48,13 @@ VARIANTS = {
     "bottleneck, top 4": ("bottleneck", {"top": 4}, {}),
     "film, top 4, checkpointed": ("film", {"top": 4}, CHECKPOINTED),
     "full, checkpointed": ("full", {}, CHECKPOINTED),
+    # what RGN chose on mini; the row selective_k has the last three groups
+    "selective_k, first": ("selective_k", {"criterion": "explicit", "groups": ["embed", "blocks.0", "blocks.1"]}, {}),
 }
-CACHED = "lit, cached"
+CACHED = ("lit, cached", "linear_map, cached")
 CACHED_BAR = 0.01  # of the time of a step without the cache
 BARS = {"lst": 0.18, "film, top 4": 0.25, "bottleneck, top 4": 0.25, "film, top 4, checkpointed": 0.25}
-QUICK = ("full", PEER, "lora", "lst", "film", "film, top 4", "bottleneck", "bottleneck, top 4", "lit", CACHED)
+QUICK = ("full", PEER, "lora", "lst", "film", "film, top 4", "bottleneck", "bottleneck, top 4", "lit", CACHED[0])
 
 
 class PeakMemory:
@@ -122,9 +124,11 @@ def approach_steps(
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
     pairs = CaptionBatch(images, captions, [str(i) for i in range(batch)])
     approach.train()
-    if name == CACHED:
+    if name in CACHED:
         with torch.no_grad():
             pairs.encoded = approach.encode(pairs)
+        if hasattr(approach, "remember"):
+            approach.remember(captions)
     return lambda: approach.losses(pairs)["loss"], optimizer, plan
 
 
@@ -213,7 +217,7 @@ def main() -> int:
     if options.one:
         print(json.dumps(measure(options.one, options.batch, steps, options.encoder, options.precision)))
         return 0
-    every = ["full", PEER, *(name for name in APPROACHES if name != "full"), *VARIANTS, CACHED]
+    every = ["full", PEER, *(name for name in APPROACHES if name != "full"), *VARIANTS, *CACHED]
     asked = options.only or (QUICK if options.quick else every)
     unknown = [name for name in asked if name not in every]
     if unknown:
@@ -231,10 +235,12 @@ def main() -> int:
                 row["bar"] = BARS[row["name"]]
                 row["met"] = row["memory_of_full"] <= row["bar"]
     by_name = {row["name"]: row for row in rows if "error" not in row}
-    if CACHED in by_name and "lit" in by_name:
-        row = by_name[CACHED]
-        row["time_of_lit"] = by_name["lit"]["pictures_per_second"] / row["pictures_per_second"]
-        row["met"] = row["time_of_lit"] <= CACHED_BAR
+    for name in CACHED:
+        base = name.removesuffix(", cached")
+        if name in by_name and base in by_name:
+            row = by_name[name]
+            row["time_of_uncached"] = by_name[base]["pictures_per_second"] / row["pictures_per_second"]
+            row["met"] = row["time_of_uncached"] <= CACHED_BAR
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU, 1 thread"
     report = {"encoder": options.encoder, "precision": options.precision, "batch": options.batch, "steps": steps,
               "torch": torch.__version__, "device": device, "rows": rows}  # fmt: skip
@@ -253,11 +259,10 @@ def main() -> int:
                 f"{row['name']:26} {row['pictures_per_second']:10.1f} {row['speed_of_full']:7.2f}x "
                 f"{row['peak_mib']:9.0f} {row['memory_of_full']:7.3f}x {bar:>6} {row['trained']:11,}"
             )
-        if "time_of_lit" in by_name.get(CACHED, {}):
-            row = by_name[CACHED]
+        for row in (by_name[name] for name in CACHED if "time_of_uncached" in by_name.get(name, {})):
             verdict = "met" if row["met"] else "MISSED"
-            print(f"\na step of lit on cached features takes {row['time_of_lit']:.4f}x the time of one without; "
-                  f"bar {CACHED_BAR}: {verdict}")  # fmt: skip
+            print(f"\na step of {row['name'].replace(', cached', '')} on cached features takes "
+                  f"{row['time_of_uncached']:.4f}x the time of one without; bar {CACHED_BAR}: {verdict}")  # fmt: skip
     return 1 if any("error" in row or row.get("met") is False for row in rows) else 0
 
 

@@ -35,6 +35,7 @@ _SCORES = {
     "cider_d": "CIDEr-D",
     "meteor": "METEOR (nltk)",
 }
+_TRAINED = " (trained)"
 
 
 def run(approach: str, seed: int, folder: Path, preset: str, options: list[str]) -> str | None:
@@ -111,44 +112,54 @@ def _task(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     tasks = [result["task"] for result in results if result.get("task")]
     if not tasks:
         return None
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for task in tasks for row in task["rows"]):
+        found.setdefault(row["what"].removesuffix(_TRAINED), []).append(row)
     rows = []
-    for row in tasks[0]["rows"]:
-        values = [one["value"] for task in tasks for one in task["rows"] if one["what"] == row["what"]]
-        rows.append({"what": row["what"], "unit": row["unit"], "chance": row["chance"], "value": over_seeds(values)})
+    for what, same in found.items():
+        trained = sum(row["what"].endswith(_TRAINED) for row in same)  # seeds of selective_k may choose otherwise
+        told = _TRAINED if trained == len(same) else f" (trained by {trained} of {len(same)} seeds)" if trained else ""
+        less = f" ({len(same)} of {len(tasks)} seeds)" if len(same) < len(tasks) else ""
+        value = over_seeds([row["value"] for row in same])
+        rows.append({"what": what + told + less, "unit": same[0]["unit"], "chance": same[0]["chance"], "value": value})
     return {"title": tasks[0]["title"], "rows": rows}
 
 
 def _captioning(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the scores of held-out pictures' captions over the seeds, None for an approach that does not caption."""
-    found = [result.get("captioning") for result in results]
-    if not all(found):
+    found = [result["captioning"] for result in results if result.get("captioning")]
+    if not found:
         return None
     names = [name for name in found[0]["scores"] if all(name in one["scores"] for one in found)]
     scores = {name: over_seeds([one["scores"][name]["value"] for one in found]) for name in names}
-    return {"pictures": found[0]["pictures"], "generation": found[0]["generation"], "scores": scores}
+    told = {"pictures": found[0]["pictures"], "generation": found[0]["generation"]}
+    return told | {"seeds": len(found), "scores": scores}
 
 
-def markdown(rows: list[dict[str, Any]], failures: dict[str, str], preset: str) -> str:
-    """Return the table for people."""
+def markdown(
+    rows: list[dict[str, Any]], failures: dict[str, str], preset: str, walls: dict[str, float] | None = None
+) -> str:
+    """Return the table for people; ``walls`` are seconds of `make train` by approach (benchmarks/train_time.py)."""
     lines = [
         f"# Every approach, preset `{preset}`",
         "",
         "Change of k-NN accuracy against the pretrained encoder, in points: mean over seeds, and its 95 % interval",
         "over seeds (Student's t). In domain and out of domain are means over their sets. Bold: the interval excludes",
         "0. A dash: the encoder is not trained, so its k-NN accuracy cannot change. Core s: seconds of computing,",
-        "added up over cores, whatever else the machine was doing. Steps: of 64 pairs each, unless a recipe says",
-        "otherwise; fewer where each is dear. (pictures): of one seed, over its test pictures.",
+        "added up over cores, whatever else the machine was doing. Wall s: of `make train`, alone on two cores after",
+        "set-up, seed 0. Steps: of 64 pairs each, unless a recipe says otherwise; fewer where each is dear.",
+        "(pictures): of one seed, over its test pictures.",
         f"Protocol: {PROTOCOL}.",
         "",
-        "| approach | seeds | steps | in domain | out of domain | trained | core s | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| approach | seeds | steps | in domain | out of domain | trained | core s | wall s | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         share = 100 * row["parameters"]["trained"] / row["parameters"]["total"]
         lines.append(
             f"| `{row['approach']}` | {len(row['seeds'])} | {row['steps']} | {_points(row['in_domain_delta'])} "
             f"| {_points(row['out_of_domain_delta'])} | {row['parameters']['trained']:,} ({share:.1f} %) "
-            f"| {row['processor_seconds']:.0f} | {row['peak_resident_mib']:,.0f} |"
+            f"| {row['processor_seconds']:.0f} | {_wall(walls, row['approach'])} | {row['peak_resident_mib']:,.0f} |"
         )
     if rows and (sets := list(rows[0]["knn"])):
         lines += [
@@ -187,7 +198,9 @@ def _tasks_markdown(rows: list[dict[str, Any]]) -> list[str]:
         for row in found:
             scores = [row["captioning"]["scores"].get(name) for name in names]
             cells = ["" if one is None else _figure({"unit": "", "value": one}) for one in scores]
-            lines.append(f"| `{row['approach']}` | " + " | ".join(cells) + " |")
+            of = row["captioning"]["seeds"]
+            less = "" if of == len(row["seeds"]) else f" ({of} of {len(row['seeds'])} seeds)"
+            lines.append(f"| `{row['approach']}`{less} | " + " | ".join(cells) + " |")
     for row in rows:
         if row["task"]:
             lines += ["", f"{row['task']['title']} (`{row['approach']}`):", "", "| measured | value | chance |"]
@@ -208,6 +221,10 @@ def _figure(entry: dict[str, Any]) -> str:
 
 def _chance(entry: dict[str, Any]) -> str:
     return "-" if entry["chance"] is None else f"{entry['chance']:.1f} {entry['unit']}"
+
+
+def _wall(walls: dict[str, float] | None, approach: str) -> str:
+    return "-" if walls is None or approach not in walls else f"{walls[approach]:.0f}"
 
 
 def _points(delta: dict[str, Any] | None) -> str:
@@ -252,7 +269,9 @@ def collect(out: Path, preset: str, approaches: list[str], seeds: list[int], fai
         rows += [summarise(approach, found)] if found else []
     table = {"preset": preset, "seeds": seeds, "rows": rows, "failures": failures}
     write_json(out / f"{preset}.json", table)
-    write_text(out / f"{preset}.md", markdown(rows, failures, preset))
+    timed = out / "train_seconds.json"
+    walls = json.loads(timed.read_text())["seconds"] if preset == "mini" and timed.is_file() else None
+    write_text(out / f"{preset}.md", markdown(rows, failures, preset, walls))
     return rows
 
 

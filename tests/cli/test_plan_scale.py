@@ -63,8 +63,8 @@ def test_slower_links_and_more_nodes_never_help():
 
 def test_fsdp_divides_language_model_and_experts_and_gathers_weights():
     cluster = Cluster(2, 4)
-    for experts in (0, 8):
-        job = Job("magma", language="gpt-j-6b", experts=experts)
+    for experts, mixture in ((0, "adapters"), (8, "adapters"), (8, "ffn")):
+        job = Job("magma_moe" if experts else "magma", language="gpt-j-6b", experts=experts, mixture=mixture)
         whole, apart = plan(job, cluster), plan(replace(job, strategy="fsdp"), cluster)
         model, mixture = size(job), size(job).trained_experts / max(size(job).expert_layers, 1)
         kept = (4 * model.encoder + 2 * 50_400 * 4096) / 2**30  # the encoder and the words' embeddings
@@ -84,10 +84,25 @@ def test_fsdp_divides_language_model_and_experts_and_gathers_weights():
 
 def test_experts_cost_memory_and_only_spread_ones_an_all_to_all():
     dense = plan(Job("magma", language="gpt2"), Cluster(2, 4))
-    mixed = plan(Job("magma", language="gpt2", experts=8), Cluster(2, 4))
-    spread = plan(Job("magma", language="gpt2", experts=8, shard_experts=True), Cluster(2, 4))
+    mixed = plan(Job("magma_moe", language="gpt2", experts=8, mixture="ffn"), Cluster(2, 4))
+    spread = plan(Job("magma_moe", language="gpt2", experts=8, mixture="ffn", shard_experts=True), Cluster(2, 4))
     assert mixed["memory_gib"]["weights"] > spread["memory_gib"]["weights"] > dense["memory_gib"]["weights"]
     assert mixed["milliseconds"]["all-to-all"] == 0 < spread["milliseconds"]["all-to-all"]
+
+
+def test_eight_adapters_a_slot_train_eight_times_magmas_and_copies_of_mlps_its_own():
+    magma, adapters, copies = (
+        size(job)
+        for job in (
+            Job("magma", language="gpt2"),
+            Job("magma_moe", language="gpt2", experts=8),
+            Job("magma_moe", language="gpt2", experts=8, mixture="ffn"),
+        )
+    )
+    assert adapters.trained_experts == 8 * (magma.trained - adapters.trained) == 8 * 12 * 768**2 / 2
+    assert copies.trained_experts == 8 * 6 * 8 * 768**2
+    assert copies.trained == adapters.trained == magma.encoder
+    assert adapters.flops == magma.flops < copies.flops
 
 
 def test_few_loaders_bound_the_step():
@@ -106,16 +121,19 @@ def test_the_command_tells_memory_time_and_what_was_not_measured(capsys):
     out = capsys.readouterr().out
     assert "4 x 6 v100" in out and "too much for 16 GB" in out and "an estimate" in out
     assert "all-reduce" in out and "efficiency" in out
-    assert main(["plan-scale", "magma", "--experts", "4", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["job"]["language"] == "gpt2"
+    assert main(["plan-scale", "magma_moe", "--json"]) == 0
+    job = json.loads(capsys.readouterr().out)["job"]
+    assert (job["language"], job["experts"], job["mixture"]) == ("gpt2", 8, "adapters")
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--nodes", "0"], "at least 1"),
-        (["--experts", "4"], "name one by --language"),
-        (["magma", "--shard-experts"], "needs --experts"),
+        (["magma", "--experts", "4"], "--experts is of magma_moe's experts; magma has none"),
+        (["magma", "--shard-experts"], "--shard-experts is of magma_moe's experts"),
+        (["--strategy", "fsdp"], "name one by --language"),
+        (["magma_moe", "--experts", "0"], "at least one of --experts"),
         (["fulll"], "plan-scale --help"),
     ],
 )

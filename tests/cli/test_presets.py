@@ -44,6 +44,7 @@ def test_the_paper_preset_fits_every_approach(name, monkeypatch):
         ("mae_cl", "encoder_lr", 1e-5),
         ("selective_k", "encoder_lr", 1e-5),
         ("token_replay", "tokens", 16),
+        ("bottleneck", "hidden", 64),
         ("lst", "reduction", 8),
         ("merged_attention", "fusion.width", 192),
         ("co_attention", "fusion.hidden", 384),

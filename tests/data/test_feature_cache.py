@@ -105,6 +105,28 @@ def test_the_encoder_runs_once_and_no_picture_is_read_after_that(lit, monkeypatc
     assert not calls
 
 
+def test_captions_are_read_once_too_and_give_the_same(lit, monkeypatch):
+    data = data_for(lit)
+    batches = list(data.train_dataloader())
+    wanted = losses(lit, batches)
+    monkeypatch.setattr(lit, "_trainer", SimpleNamespace(datamodule=data))
+    monkeypatch.setattr(lit, "_read", {})
+    lit.on_fit_start()
+    assert lit._read.keys() >= {caption for batch in batches for caption in batch.captions}
+    monkeypatch.setattr(lit.text, "forward", lambda captions: pytest.fail("read again"))
+    assert losses(lit, batches) == pytest.approx(wanted, rel=1e-5)
+    monkeypatch.setattr(lit, "_trainer", SimpleNamespace(datamodule=data_for(lit, False)))
+    lit.on_fit_start()  # without cached features captions are read as ever
+
+
+def test_each_caption_is_read_alike_whatever_else_there_is_to_read(lit):
+    captions = ["a red square", "two green stars on sand", "a small ring above the water", "a red square"]
+    once, again = lit.text.read_all(captions), lit.text.read_all(reversed(captions))
+    assert list(once) == list(again) and len(once) == 3
+    assert all(torch.equal(once[caption], again[caption]) for caption in once)
+    assert torch.allclose(once[captions[1]], lit.text([captions[1]]).pooled[0], atol=1e-5)
+
+
 def test_held_out_pairs_come_from_a_cache_too_with_first_captions(lit):
     cached, plain = data_for(lit), data_for(lit, False)
     for one, other in zip(cached.val_dataloader(), plain.val_dataloader(), strict=True):

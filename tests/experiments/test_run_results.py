@@ -50,7 +50,8 @@ def test_the_row_holds_what_the_table_shows(script):
     assert (row["seconds"], row["processor_seconds"]) == (10.5, 20.5)
     assert (row["peak_resident_mib"], row["peak_gpu_mib"]) == (501.0, None)
     text = script.markdown([row], {"lora, seed 0": "exit code 2: no"}, "mini")
-    assert "| `film` | 2 | 3 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | 501 |" in text
+    assert "| `film` | 2 | 3 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | - | 501 |" in text
+    assert "| 20 | 61 | 501 |" in script.markdown([row], {}, "mini", {"film": 61.2})
     assert "| pretrained | 50.0 ± 9.6 | 50.0 ± 9.6 |" in text  # Wilson's of 50 in 100
     assert "R@1 over 64 held-out pairs, in % (chance 1.6):" in text
     assert "| `film` | 12.0 ± 12.7 |" in text
@@ -59,6 +60,24 @@ def test_the_row_holds_what_the_table_shows(script):
     assert "| approach | BLEU-4 | CIDEr-D |" in text
     assert "| `film` | 0.120 ± 0.127 | 1.020 ± 0.127 |" in text
     assert "`lora, seed 0` failed: exit code 2: no" in text
+
+
+def test_what_only_some_seeds_have_is_of_those_and_said_so(script):
+    runs = [results("selective_k", seed, 0.01) for seed in range(3)]
+    for run, chosen in zip(runs, ("embed norm", "embed norm", "embed blocks.0"), strict=True):
+        run["task"]["rows"] = [
+            {"what": f"{name} (trained)" if name in chosen else name, "value": value, "unit": "", "chance": None}
+            for name, value in (("embed", 0.3), ("blocks.0", 0.2 + 0.1 * ("blocks" in chosen)), ("norm", 0.1))
+        ]
+    runs[0].pop("captioning")
+    runs[1]["task"]["rows"].append({"what": "head", "value": 0.5, "unit": "", "chance": None})
+    row = script.summarise("selective_k", runs)
+    assert [entry["what"] for entry in row["task"]["rows"]] == [
+        "embed (trained)", "blocks.0 (trained by 1 of 3 seeds)", "norm (trained by 2 of 3 seeds)",
+        "head (1 of 3 seeds)",
+    ]  # fmt: skip
+    assert row["task"]["rows"][1]["value"]["mean"] == pytest.approx((0.2 + 0.2 + 0.3) / 3)
+    assert "| `selective_k` (2 of 3 seeds) | 0.110" in script.markdown([row], {}, "mini")
 
 
 def test_seeds_that_agree_are_said_to(script):

@@ -35,6 +35,15 @@ def test_a_folder_that_holds_a_run_is_not_written_over(finished, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+def test_a_finished_run_is_finished_whatever_has_become_of_its_checkpoint(finished, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "checkpoints" / "last.ckpt").write_bytes(b"torn")
+    with caplog.at_level("INFO", logger="wlsup"):
+        assert main(command(folder, "--resume", "auto")) == 0
+    assert "this run is finished" in caplog.text and "going on from" not in caplog.text
+
+
 def test_a_second_run_does_not_enter_a_folder_that_another_one_is_writing(tmp_path):
     message = r"Another run \(process \d+ on .*\) is writing into"
     with _held(tmp_path / "run"), pytest.raises(WlsupError, match=message), _held(tmp_path / "run"):

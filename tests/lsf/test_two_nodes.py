@@ -1,4 +1,4 @@
-"""Two nodes with networks, names and processes of their own, through the LSF scripts, to results.json."""
+"""Two nodes with networks, names and processes of their own, through the LSF and SLURM scripts, to results."""
 
 import json
 
@@ -9,21 +9,27 @@ from .conftest import SMALL, Cluster
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 
+SLURM = ("sbatch", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--output")
+
+
 @pytest.mark.parametrize(
-    ("approach", "script", "args"),
+    ("approach", "submit", "script", "args"),
     [
-        ("film", "lsf/summit.lsf", ""),
-        ("magma_moe", "lsf/summit_moe.lsf", " --model.moe.experts 2 --data.pairs 32"),
+        ("film", ("bsub", "-nnodes", "2", "-o"), "lsf/summit.lsf", ""),
+        ("magma_moe", ("bsub", "-nnodes", "2", "-o"), "lsf/summit_moe.lsf", " --model.moe.experts 2 --data.pairs 32"),
+        ("film", SLURM, "slurm/wlsup.sbatch", " --data.eval_sets [] --data.pairs 32"),
     ],
+    ids=["lsf-film", "lsf-magma_moe", "slurm-film"],
 )
-def test_a_run_on_two_nodes_ends_in_its_results(approach, script, args, networks, tmp_path):
+def test_a_run_on_two_nodes_ends_in_its_results(approach, submit, script, args, networks, tmp_path):
     cluster = Cluster(tmp_path / "cluster", networks)
     folder = tmp_path / "run"
     variables = {
         "APPROACH": approach, "RUN_DIR": folder, "ARGS": SMALL + args, "GPUS_PER_NODE": 1, "CORES_PER_NODE": 1,
         "PRECISION": "32-true",
     }  # fmt: skip
-    submitted = cluster.call("bsub", "-nnodes", "2", "-o", cluster.folder / "job.%J.log", script, **variables)
+    log = cluster.folder / ("job.%j.log" if submit is SLURM else "job.%J.log")
+    submitted = cluster.call(*submit, log, script, **variables)
     assert submitted.returncode == 0, submitted.stderr
     codes = cluster.wait(seconds=900)
     assert codes == [0], cluster.log()

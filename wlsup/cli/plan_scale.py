@@ -22,10 +22,11 @@ usage: wlsup plan-scale [APPROACH] [options]
 
 Say what a run would take: memory a GPU, seconds a step by term, efficiency against one GPU. No GPU is needed.
 
-  APPROACH              full | mae_cl | film | film_top_4 | lora | lst | lit | magma (full)
+  APPROACH              full | mae_cl | film | film_top_4 | lora | lst | lit | magma | magma_moe (full)
   --encoder NAME        vit_tiny | vit_small | vit_base | vit_large | vit_huge (vit_base), patches of 16 at 224 px
-  --language NAME       none | gpt2 | opt-1.3b | gpt-j-6b | llama-7b: the frozen language model of magma (gpt2)
-  --experts N           copies of every second MLP of the language model, one of which a token takes (0: none)
+  --language NAME       none | gpt2 | opt-1.3b | gpt-j-6b | llama-7b: the language model of magma, magma_moe (gpt2)
+  --experts N           a mixture of magma_moe's, one of which a token takes (8)
+  --mixture NAME        what they are: adapters (default) | ffn, copies of every second MLP of the language model
   --shard-experts       plan the experts spread over the GPUs, which wlsup does not do: each keeps them all
   --batch N             pictures a GPU (64)
   --nodes N             (1)
@@ -89,6 +90,7 @@ APPROACHES = {
     "lst": Approach(0.03, 1.1, 0.223, 0.154),
     "lit": Approach(0.0013, 1.0, 0.854, 0.059),
     "magma": Approach(1.0, 3.0, 1.0, 1.0, measured=False),
+    "magma_moe": Approach(1.0, 3.0, 1.0, 1.0, measured=False),
 }
 PEAK = {
     "v100": {"32": 15.7, "16": 125.0},
@@ -118,7 +120,7 @@ class Model:
     Args:
         encoder: parameters of the vision encoder.
         language: of the frozen language model, without experts.
-        experts: of all experts but the one that the dense model has.
+        experts: of all experts, but for the one that a dense model has.
         trained: all that trains, but for the experts.
         trained_experts: all experts.
         flops: of a step, a picture.
@@ -169,6 +171,7 @@ class Job:
     encoder: str = "vit_base"
     language: str = "none"
     experts: int = 0
+    mixture: str = "adapters"
     shard_experts: bool = False
     batch: int = 64
     precision: str = "bf16"
@@ -195,12 +198,16 @@ def size(job: Job) -> Model:
         language = blocks + vocabulary * wide
         flops += 2 * (told + 2 * vocabulary * wide * CAPTION)  # frozen: forward, and back to what is in front of it
         activations += ACTIVATION * positions * wide * deep + 12.0 * CAPTION * vocabulary
-        trained += 2 * deep * wide**2 / 4  # adapters at the MLPs, factor 4
-        if job.experts:
+        adapter, mlp = wide**2 / 2, 8 * wide**2  # at each MLP, factor 4
+        if not job.experts:
+            trained += deep * adapter
+        elif job.mixture == "adapters":
+            layers = deep
+            experts = trained_experts = job.experts * layers * adapter
+        else:
             layers = deep // 2
-            experts = (job.experts - 1) * layers * 8 * wide**2
-            trained_experts = job.experts * layers * 8 * wide**2
-            flops += layers * 2 * 8 * wide**2 * positions  # the weights' own gradients
+            experts, trained_experts = (job.experts - 1) * layers * mlp, job.experts * layers * mlp
+            flops += layers * 2 * mlp * positions  # the weights' own gradients
     else:
         text_width, text_depth, text_tokens = TEXT
         flops += transformer(text_width, text_depth, text_tokens)[1]
@@ -272,13 +279,16 @@ def run(arguments: list[str]) -> int:
     options = _options(arguments)
     if options.nodes < 1 or options.gpus_per_node < 1 or options.batch < 1 or options.workers < 1:
         raise WlsupError("nodes, gpus-per-node, batch and workers must be at least 1.")
-    if options.language == "none" and (options.experts or options.strategy == "fsdp"):
-        asked = "--experts are of" if options.experts else "--strategy fsdp shares out"
-        raise WlsupError(f"{asked} a language model: name one by --language.")
-    if options.shard_experts and not options.experts:
-        raise WlsupError("--shard-experts needs --experts.")
-    job = Job(options.approach, options.encoder, options.language, options.experts, options.shard_experts,
-              options.batch, options.precision, options.strategy)  # fmt: skip
+    for asked in ("experts", "mixture", "shard_experts"):
+        if options.approach != "magma_moe" and getattr(options, asked):
+            raise WlsupError(f"--{asked.replace('_', '-')} is of magma_moe's experts; {options.approach} has none.")
+    if options.language == "none" and options.strategy == "fsdp":
+        raise WlsupError("--strategy fsdp shares out a language model: name one by --language.")
+    experts = 8 if options.approach == "magma_moe" and options.experts is None else options.experts or 0
+    if options.approach == "magma_moe" and (experts < 1 or options.language == "none"):
+        raise WlsupError("magma_moe needs a --language model and at least one of --experts.")
+    job = Job(options.approach, options.encoder, options.language, experts, options.mixture or "adapters",
+              options.shard_experts, options.batch, options.precision, options.strategy)  # fmt: skip
     cluster = Cluster(options.nodes, options.gpus_per_node, options.gpu, options.link, options.intra, options.workers)
     found = plan(job, cluster)
     if options.json:
@@ -304,7 +314,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("approach", nargs="?", default="full", choices=list(APPROACHES))
     parser.add_argument("--encoder", default="vit_base", choices=list(ENCODERS))
     parser.add_argument("--language", choices=list(LANGUAGE))
-    parser.add_argument("--experts", type=int, default=0)
+    parser.add_argument("--experts", type=int)
+    parser.add_argument("--mixture", choices=["adapters", "ffn"])
     parser.add_argument("--shard-experts", action="store_true")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--nodes", type=int, default=1)
@@ -317,6 +328,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    options.language = options.language or ("gpt2" if options.approach == "magma" else "none")
+    options.language = options.language or ("gpt2" if options.approach.startswith("magma") else "none")
     options.precision = options.precision or ("16" if options.gpu == "v100" else "bf16")
     return options

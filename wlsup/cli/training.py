@@ -47,6 +47,8 @@ def resumption(resume: str | None, run_dir: Path) -> Resumption:
                 "nothing that a run has written is written over."
             )
         return Resumption()
+    if resume == "auto" and (run_dir / "results.json").is_file():
+        return Resumption()  # finished: `train` says so, whatever has become of its checkpoints
     if resume == "auto":
         path, checkpoint, passed_over = newest_checkpoint(folder)
         for sentence in passed_over:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from wlsup.data.datamodule import KeyedDataModule
 from wlsup.data.dataset import PictureDataset
+from wlsup.data.keyed_datamodule import KeyedDataModule
 from wlsup.data.loader import BatchLoader
 from wlsup.data.sources import MemoryPictures, Pictures, StoredPictures
 from wlsup.data.stores import JoinedStore, check_path, open_store

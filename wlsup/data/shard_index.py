@@ -8,7 +8,6 @@ before anything is read.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,6 +17,7 @@ import numpy as np
 
 from wlsup.data.packed import PackedLists, PackedStrings, first_of_each
 from wlsup.errors import WlsupError
+from wlsup.files import written_whole
 
 __all__ = ["INDEX_NAME", "ShardIndex", "load_index", "merge_indices", "save_index", "verify_shards"]
 
@@ -144,15 +144,8 @@ def save_index(index: ShardIndex, folder: str | Path) -> Path:
     }
     if index.sums is not None:
         arrays["sums"] = index.sums
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        np.savez(file, **arrays)
     return path
 
 

@@ -26,6 +26,7 @@ from wlsup.data.packed import PackedLists, StringPacker
 from wlsup.data.shard_index import ShardIndex, merge_indices, save_index
 from wlsup.data.stores import MAX_BYTES, TarStore, clean_name
 from wlsup.errors import WlsupError
+from wlsup.files import written_whole
 
 __all__ = ["ShardPictures", "ShardSample", "build_index", "index_shard", "write_shards"]
 
@@ -83,22 +84,17 @@ def write_shards(
     sample = next(source, None)
     while sample is not None:
         path = folder / f"{len(parts):05d}.tar"
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            begin = number
-            with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as archive:
-                while sample is not None and number - begin < samples_per_shard and archive.offset < max_bytes:
-                    _add(archive, f"{number:09d}{sample.suffix}", sample.data)
-                    # ASCII JSON: it carries any text, lone surrogates included
-                    record = {"key": sample.key, "captions": list(sample.captions), "wlsup": 1}
-                    _add(archive, f"{number:09d}.json", json.dumps(record).encode())
-                    number += 1
-                    if progress is not None:
-                        progress(number)
-                    sample = next(source, None)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        begin = number
+        with written_whole(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            while sample is not None and number - begin < samples_per_shard and archive.offset < max_bytes:
+                _add(archive, f"{number:09d}{sample.suffix}", sample.data)
+                # ASCII JSON: it carries any text, lone surrogates included
+                record = {"key": sample.key, "captions": list(sample.captions), "wlsup": 1}
+                _add(archive, f"{number:09d}.json", json.dumps(record).encode())
+                number += 1
+                if progress is not None:
+                    progress(number)
+                sample = next(source, None)
         parts.append(index_shard(path))
     if not parts:
         raise WlsupError(f"No samples to write into {folder}. Check the source.")

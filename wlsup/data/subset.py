@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from wlsup.errors import WlsupError
+from wlsup.files import written_whole
 
 __all__ = [
     "hash_order",
@@ -141,10 +141,8 @@ def manifest_sha256(keys: Iterable[str]) -> str:
 def write_manifest(path: str | Path, keys: Iterable[str]) -> str:
     """Write the sorted keys, one a line, and return their `manifest_sha256` (which `sha256sum` also prints)."""
     content = _manifest(keys)
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")  # a reader sees all of it or nothing
-    beside.write_bytes(content)
-    beside.replace(path)
+    with written_whole(Path(path)) as file:
+        file.write(content)
     return hashlib.sha256(content).hexdigest()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wlsup.batch import Condition
 from wlsup.errors import WlsupError
@@ -75,6 +76,15 @@ class TextEncoder(nn.Module):
             weight = mask.unsqueeze(-1).to(tokens.dtype)
             pooled = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
         return Condition(tokens, mask, pooled, torch.ones(len(captions), dtype=torch.bool, device=device))
+
+    def read_all(self, captions: Iterable[str], batch_size: int = 256) -> dict[str, Tensor]:
+        """Return the pooled feature (C,) of each caption once, in fp32 on the CPU; the same whatever their order."""
+        distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))  # little padding
+        read: dict[str, Tensor] = {}
+        for start in range(0, len(distinct), batch_size):
+            part = distinct[start : start + batch_size]
+            read.update(zip(part, self(part).pooled.cpu(), strict=True))
+        return read
 
 
 _POOLED_BY_TRAINING = ("clip_text_model", "siglip_text_model", "siglip2_text_model")

@@ -1,0 +1,64 @@
+"""The committed results are what the committed runs say, and show what an approach is there to show."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from wlsup.approaches import APPROACHES
+
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
+TABLE = json.loads((RESULTS / "mini.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = RESULTS.parent / "run_results.py"
+    spec = importlib.util.spec_from_file_location("run_results", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def by_what(approach):
+    (row,) = [row for row in TABLE["rows"] if row["approach"] == approach]
+    return {entry["what"]: entry for entry in row["task"]["rows"]}
+
+
+def test_the_tables_are_made_of_the_runs(script):
+    rows = []
+    for approach in APPROACHES:
+        files = [RESULTS / "runs" / "mini" / approach / f"seed{seed}" / "results.json" for seed in (0, 1, 2)]
+        runs = [script._read(file) for file in files]
+        assert all((run["approach"], run["preset"], run["seed"]) == (approach, "mini", k) for k, run in enumerate(runs))
+        rows.append(script.summarise(approach, runs))
+    assert json.loads(json.dumps(rows)) == TABLE["rows"]
+    walls = json.loads((RESULTS / "train_seconds.json").read_text())["seconds"]
+    assert script.markdown(rows, {}, "mini", walls) == (RESULTS / "mini.md").read_text()
+
+
+def test_make_train_takes_four_minutes_at_most_for_every_approach():
+    found = json.loads((RESULTS / "train_seconds.json").read_text())
+    assert found["cores"] == 2 and found["seconds"].keys() == set(APPROACHES)
+    assert max(found["seconds"].values()) <= found["bar"] == 240
+
+
+def test_through_a_linear_map_the_language_model_reads_the_pretrained_encoder_best():
+    found = by_what("linear_map")
+    mine = found["this encoder, this map"]["value"]["values"]
+    others = ("a random encoder, its map", "no picture (grey), its map", "this encoder, an untrained map")
+    for name in others:
+        assert all(a < b for a, b in zip(mine, found[name]["value"]["values"], strict=True)), name
+
+
+def test_a_reprogrammed_network_beats_chance_and_a_random_one():
+    found = by_what("reprogramming")
+    mine = found["this program: mini_digits"]
+    random = found["the same program, a random network: mini_digits"]["value"]["mean"]  # one network, for every seed
+    assert mine["value"]["ci95"][0] > max(random, mine["chance"])
+
+
+def test_a_reprogrammed_network_reads_captions_better_than_chance():
+    mine = by_what("cross_modal_reprogramming")["this program, input space"]
+    assert mine["value"]["ci95"][0] > mine["chance"]
