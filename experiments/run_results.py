@@ -139,27 +139,28 @@ def _captioning(results: list[dict[str, Any]]) -> dict[str, Any] | None:
 def markdown(
     rows: list[dict[str, Any]], failures: dict[str, str], preset: str, walls: dict[str, float] | None = None
 ) -> str:
-    """Return the table for people; ``walls`` are seconds of `make train` by approach (benchmarks/train_time.py)."""
+    """Return the table for people; ``walls`` are seconds of `make train` by approach (train_time.py)."""
+    wall = " wall s |" if walls else ""
     lines = [
         f"# Every approach, preset `{preset}`",
         "",
         "Change of k-NN accuracy against the pretrained encoder, in points: mean over seeds, and its 95 % interval",
         "over seeds (Student's t). In domain and out of domain are means over their sets. Bold: the interval excludes",
         "0. A dash: the encoder is not trained, so its k-NN accuracy cannot change. Core s: seconds of computing,",
-        "added up over cores, whatever else the machine was doing. Wall s: of `make train`, alone on two cores after",
-        "set-up, seed 0. Steps: of 64 pairs each, unless a recipe says otherwise; fewer where each is dear.",
-        "(pictures): of one seed, over its test pictures.",
+        "added up over cores, whatever else the machine was doing. Steps: of 64 pairs each, unless a recipe says",
+        "otherwise; fewer where each is dear. (pictures): of one seed, over its test pictures.",
+        *(["Wall s: of `make train`, alone on two cores after set-up, seed 0."] if walls else []),
         f"Protocol: {PROTOCOL}.",
         "",
-        "| approach | seeds | steps | in domain | out of domain | trained | core s | wall s | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| approach | seeds | steps | in domain | out of domain | trained | core s |" + wall + " peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|" + ("---:|" if walls else "") + "---:|",
     ]
     for row in rows:
         share = 100 * row["parameters"]["trained"] / row["parameters"]["total"]
         lines.append(
             f"| `{row['approach']}` | {len(row['seeds'])} | {row['steps']} | {_points(row['in_domain_delta'])} "
             f"| {_points(row['out_of_domain_delta'])} | {row['parameters']['trained']:,} ({share:.1f} %) "
-            f"| {row['processor_seconds']:.0f} | {_wall(walls, row['approach'])} | {row['peak_resident_mib']:,.0f} |"
+            f"| {row['processor_seconds']:.0f} |{_wall(walls, row['approach'])} {row['peak_resident_mib']:,.0f} |"
         )
     if rows and (sets := list(rows[0]["knn"])):
         lines += [
@@ -224,7 +225,9 @@ def _chance(entry: dict[str, Any]) -> str:
 
 
 def _wall(walls: dict[str, float] | None, approach: str) -> str:
-    return "-" if walls is None or approach not in walls else f"{walls[approach]:.0f}"
+    if not walls:
+        return ""
+    return f" {walls[approach]:.0f} |" if approach in walls else " - |"
 
 
 def _points(delta: dict[str, Any] | None) -> str:

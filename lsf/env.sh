@@ -2,7 +2,7 @@
 # variables before `bsub`, which passes them on.
 # shellcheck shell=bash
 
-# The suite's Python. On a site with modules: `module load open-ce` here, and PYTHON=python.
+# The suite's Python. On a site with modules: `module load python` here, and PYTHON=python.
 if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv/bin/python ]; then PYTHON=$PWD/.venv/bin/python; else PYTHON=python; fi
 fi
@@ -11,7 +11,7 @@ fi
 : "${GPUS_PER_NODE:=6}" "${CORES_PER_NODE:=42}"
 
 # V100s have no bfloat16, whatever a recipe says
-: "${PRECISION:=16-mixed}" "${STRATEGY:=ddp}"
+: "${PRECISION=16-mixed}" "${STRATEGY=ddp}"
 
 # As #BSUB -W in the script, or `bsub -W`: training stops with a checkpoint MARGIN before it
 : "${WALLTIME:=2:00}" "${MARGIN:=0:15}"

@@ -1,5 +1,6 @@
 """Shared by all tests: a small encoder, text encoder and batch, and the suite's registries filled."""
 
+import functools
 import importlib
 import logging
 import os
@@ -46,6 +47,18 @@ def in_processes():
                     process.kill()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def few_mini_pictures():
+    """200 train and 100 test pictures in each mini set, for tests of runs and not of their figures."""
+    from wlsup.data import mini_evalsets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mini_evalsets, "_TRAIN", 200)
+        patch.setattr(mini_evalsets, "_TEST", 100)
+        patch.setattr(mini_evalsets, "_pictures", functools.cache(mini_evalsets._pictures.__wrapped__))
+        yield
 
 
 @pytest.fixture(autouse=True)

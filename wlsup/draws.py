@@ -72,4 +72,4 @@ def per_sample(
     place = torch.device("cpu" if device is None else device)
     if place not in _streams:
         _streams[place] = torch.Generator(place).manual_seed(_seed)
-    return draw(samples * world, _streams[place])[rank::world]
+    return draw(samples * world, _streams[place])[rank::world].clone()  # the others' share is not kept alive

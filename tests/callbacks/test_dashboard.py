@@ -89,7 +89,7 @@ def test_learning_rates_with_brackets_which_tensorboard_cannot_draw_are_left_out
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, few_mini_pictures):
     folder = tmp_path_factory.mktemp("run")
     assert main([
         "fit", "-c", "experiments/base.yaml", "-c", "experiments/film.yaml", "--data.pairs", "32",

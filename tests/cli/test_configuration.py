@@ -15,7 +15,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_two_runs_in_one_process_get_a_folder_each(tmp_path):
+def test_two_runs_in_one_process_get_a_folder_each(tmp_path, few_mini_pictures):
     for _ in range(2):
         assert main([*SMALL, "--runs", str(tmp_path)]) == 0
     folders = list((tmp_path / "film" / "mini" / "seed0").iterdir())

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.cli import main
 
+pytestmark = pytest.mark.usefixtures("few_mini_pictures")
 SETS = ["mini_shapes", "mini_digits"]
 SMALL = [
     "fit", "-c", "experiments/base.yaml", "-c", "experiments/film.yaml",
@@ -24,7 +25,7 @@ def run_small(folder, *options):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, few_mini_pictures):
     folder = tmp_path_factory.mktemp("run")
     run_small(folder)
     return folder

@@ -90,19 +90,23 @@ def test_experts_cost_memory_and_only_spread_ones_an_all_to_all():
     assert mixed["milliseconds"]["all-to-all"] == 0 < spread["milliseconds"]["all-to-all"]
 
 
-def test_eight_adapters_a_slot_train_eight_times_magmas_and_copies_of_mlps_its_own():
+def test_experts_are_counted_as_the_approach_makes_them():
     magma, adapters, copies = (
         size(job)
         for job in (
             Job("magma", language="gpt2"),
-            Job("magma_moe", language="gpt2", experts=8),
-            Job("magma_moe", language="gpt2", experts=8, mixture="ffn"),
+            Job("magma_moe", language="gpt2", experts=4, k=2),
+            Job("magma_moe", language="gpt2", experts=4, k=1, mixture="ffn"),
         )
     )
-    assert adapters.trained_experts == 8 * (magma.trained - adapters.trained) == 8 * 12 * 768**2 / 2
-    assert copies.trained_experts == 8 * 6 * 8 * 768**2
+    assert adapters.trained_experts == 2 * (magma.trained - adapters.trained)  # 4 of half the channels
+    assert adapters.trained_experts == pytest.approx(7_156_224, rel=0.02)  # docs/approaches/magma_moe.md
+    assert copies.trained_experts == pytest.approx(113_356_800, rel=0.002)
     assert copies.trained == adapters.trained == magma.encoder
-    assert adapters.flops == magma.flops < copies.flops
+    dense = 6 * 6 * 8 * 768**2 * (196 + 32)
+    assert copies.flops - magma.flops == pytest.approx((5.3 - 2 / 3) * dense)
+    assert plan(Job("magma_moe", language="gpt2", experts=4), Cluster())["estimated"]
+    assert plan(Job("full", encoder="vit_huge"), Cluster())["estimated"]
 
 
 def test_few_loaders_bound_the_step():
@@ -123,7 +127,7 @@ def test_the_command_tells_memory_time_and_what_was_not_measured(capsys):
     assert "all-reduce" in out and "efficiency" in out
     assert main(["plan-scale", "magma_moe", "--json"]) == 0
     job = json.loads(capsys.readouterr().out)["job"]
-    assert (job["language"], job["experts"], job["mixture"]) == ("gpt2", 8, "adapters")
+    assert (job["language"], job["experts"], job["k"], job["mixture"]) == ("gpt2", 4, 2, "adapters")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,9 @@ def test_the_command_tells_memory_time_and_what_was_not_measured(capsys):
         (["--nodes", "0"], "at least 1"),
         (["magma", "--experts", "4"], "--experts is of magma_moe's experts; magma has none"),
         (["magma", "--shard-experts"], "--shard-experts is of magma_moe's experts"),
-        (["--strategy", "fsdp"], "name one by --language"),
+        (["--strategy", "fsdp"], "plan magma or magma_moe"),
+        (["full", "--language", "gpt2"], "full has no language model"),
+        (["magma", "--language", "none"], "magma needs a --language"),
         (["magma_moe", "--experts", "0"], "at least one of --experts"),
         (["fulll"], "plan-scale --help"),
     ],

@@ -1,5 +1,6 @@
 """The no-regret study's arithmetic: what validates, what is chosen, what is confirmed."""
 
+import csv
 import importlib.util
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,10 @@ import torch
 
 from tests.conftest import ROOT
 from wlsup.batch import EvalSet
+from wlsup.data.datamodule import CaptionDataModule
 from wlsup.evaluation.features import Features
+from wlsup.evaluation.validation import picture_keys, validation_split
+from wlsup.models.vision import VisionSpec, build_vision
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,19 @@ def test_the_test_is_over_the_confirming_seeds(study):
     assert found["out"]["ci95"][0] == pytest.approx(0.03 - 2.776 * 0.015811 / 5**0.5, abs=1e-4)
     assert found["in"]["mean"] == 0
     assert found["sets"]["away"]["pretrained"] == pytest.approx(0.3)
+
+
+def test_no_real_picture_that_validates_or_tests_has_a_caption(study, shared_data, tmp_path):
+    _, sets = study.world_options("real", tmp_path, "an encoder", "a text encoder")
+    data = CaptionDataModule(eval_sets=[one for one in sets if getattr(one, "name", "") == "dtd10"])
+    data.image_spec = build_vision(VisionSpec()).image_spec
+    (dtd,) = data.eval_datasets()
+    bank = picture_keys(dtd.train)
+    split = validation_split(torch.tensor(dtd.train.labels), bank)
+    with (tmp_path / "captions.csv").open(encoding="utf-8") as file:
+        captioned = {row["image"].removeprefix("dtd/") for row in csv.DictReader(file) if row["image"][:4] == "dtd/"}
+    assert captioned and captioned <= {bank[row] for row in split.bank.tolist()}  # not all have descriptions
+    assert not captioned & set(picture_keys(dtd.test))
 
 
 def test_seeds_that_choose_do_not_confirm(study):

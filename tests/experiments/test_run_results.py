@@ -50,7 +50,7 @@ def test_the_row_holds_what_the_table_shows(script):
     assert (row["seconds"], row["processor_seconds"]) == (10.5, 20.5)
     assert (row["peak_resident_mib"], row["peak_gpu_mib"]) == (501.0, None)
     text = script.markdown([row], {"lora, seed 0": "exit code 2: no"}, "mini")
-    assert "| `film` | 2 | 3 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | - | 501 |" in text
+    assert "| `film` | 2 | 3 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | 501 |" in text
     assert "| 20 | 61 | 501 |" in script.markdown([row], {}, "mini", {"film": 61.2})
     assert "| pretrained | 50.0 ± 9.6 | 50.0 ± 9.6 |" in text  # Wilson's of 50 in 100
     assert "R@1 over 64 held-out pairs, in % (chance 1.6):" in text

@@ -37,6 +37,7 @@ def losses(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_mini_pictures")
 @pytest.mark.parametrize("name", APPROACHES)
 def test_stopped_within_an_epoch_and_resumed_every_loss_and_weight_is_the_unbroken_runs(name, tmp_path, monkeypatch):
     assert main(command(name, tmp_path / "whole")) == 0

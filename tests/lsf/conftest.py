@@ -20,6 +20,11 @@ SMALL = (
 """What makes a run tiny, as ARGS."""
 
 
+def lacking(what):
+    """Skip for want of something; where WLSUP_TEST_ALL says that it is to be there, as in CI, fail."""
+    (pytest.fail if os.environ.get("WLSUP_TEST_ALL") else pytest.skip)(what)
+
+
 class Cluster:
     """The fake commands over one description, in one folder of state."""
 
@@ -79,9 +84,9 @@ def cluster(tmp_path):
 def two_networks():
     """Two network namespaces joined by a veth pair, in which the nodes' names have addresses; yields the hosts."""
     if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
+        lacking("network namespaces need root")
     if not shutil.which("ip") or not shutil.which("unshare"):
-        pytest.skip("network namespaces need `ip` (iproute2) and `unshare` (util-linux)")
+        lacking("network namespaces need `ip` (iproute2) and `unshare` (util-linux)")
 
     def ip(*words):
         subprocess.run(["ip", *words], check=True, capture_output=True)
@@ -106,7 +111,7 @@ def two_networks():
                 hosts.append({"listed": f"node{number}", "hostname": f"node{number}.cluster.test", "netns": space})
             ip("netns", "exec", spaces[0], "unshare", "--uts", "true")
         except (subprocess.CalledProcessError, OSError) as error:
-            pytest.skip(f"network namespaces cannot be made here: {getattr(error, 'stderr', b'') or error}")
+            lacking(f"network namespaces cannot be made here: {getattr(error, 'stderr', b'') or error}")
         yield hosts
     finally:
         for space, folder in zip(spaces, etc, strict=True):

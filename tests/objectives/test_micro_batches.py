@@ -13,7 +13,8 @@ from wlsup.errors import WlsupError
 from wlsup.objectives.micro_batches import in_micro_batches
 from wlsup.objectives.two_branch import ObjectiveSpec
 
-NAMES = ("full", "film", "bottleneck", "token_replay", "lst", "lora", "mae_cl", "co_attention", "selective_k")
+NAMES = ("full", "film", "bottleneck", "token_replay", "lst", "lora", "mae_cl", "co_attention", "merged_attention",
+         "asymmetric_attention", "selective_k")  # fmt: skip
 CAPTIONS = ["a red star", "two small blue circles on sand", "rain", "a green ring above a box", "snow"]
 
 

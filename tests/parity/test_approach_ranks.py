@@ -1,4 +1,4 @@
-"""Every approach: 2 processes x batch B/2 give the loss and the gradients of one process x batch B.
+"""Every approach: 2 processes x batch 16 give the loss and the gradients of one process x batch 32.
 
 All cases run in one set of processes, each over one step's worth of the same pictures, captions and random draws.
 """
@@ -24,7 +24,7 @@ from wlsup.sharding import has_shards, leave_alone, shard
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
-B, WORLD, TIMEOUT = 8, 2, 420
+B, WORLD, TIMEOUT = 32, 2, 420
 
 MOE = {"experts": 4, "k": 2, "jitter": 0.0, "balance_weight": 0.1}
 """Without jitter, which each process draws for its own tokens."""

@@ -57,6 +57,9 @@ class AsymmetricAttentionApproach(Approach):
         fusion: which reading of the strategy, where its layers go, and how wide they are.
         matching: weight and negatives of the matching loss; only with "asymmetric_text", where null means the defaults.
         train_decoder: whether MAE's decoder trains; by default only where it has no pretrained weights.
+
+    Raises:
+        WlsupError: an option that the chosen reading does not read: matching, or what is done with absent captions.
     """
 
     name = "asymmetric_attention"

@@ -37,6 +37,9 @@ class Full(Approach):
         lr: of the heads, after warm-up.
         weight_decay: of matrices.
         encoder_lr: of the pretrained encoder (and decoder), lower than that of the fresh heads.
+
+    Raises:
+        WlsupError: a share of captions to drop, of which none is told.
     """
 
     name = "full"

@@ -40,6 +40,9 @@ class Lora(Approach):
         alpha: an update's scale is ``alpha / rank``.
         targets: which linear layers of each block.
         rslora: scale by ``alpha / sqrt(rank)`` instead.
+
+    Raises:
+        WlsupError: a share of captions to drop, of which none is told.
     """
 
     name = "lora"

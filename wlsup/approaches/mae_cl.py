@@ -33,6 +33,9 @@ class MaeCL(Approach):
         lr: of all that trains, after warm-up.
         weight_decay: of matrices.
         encoder_lr: of the pretrained encoder and decoder, lower than that of the fresh heads.
+
+    Raises:
+        WlsupError: a share of captions to drop, of which none is told.
     """
 
     name = "mae_cl"

@@ -69,7 +69,7 @@ class SelectiveK(Approach):
         selection_seed: of the random choice, and of masks while scoring.
 
     Raises:
-        WlsupError: an unknown criterion or group, or k out of range.
+        WlsupError: an unknown criterion or group, k out of range, or a share of captions to drop.
     """
 
     name = "selective_k"
@@ -219,6 +219,7 @@ class SelectiveK(Approach):
                 )
             self.chosen, self.scores = tuple(selection["chosen"]), dict(selection["scores"])
             self.plan.apply(self)
+            self.train(self.training)
         super().on_load_checkpoint(checkpoint)
 
     def _checked_k(self, k: int | None, named: Sequence[str]) -> int:

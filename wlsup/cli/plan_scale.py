@@ -25,7 +25,7 @@ Say what a run would take: memory a GPU, seconds a step by term, efficiency agai
   APPROACH              full | mae_cl | film | film_top_4 | lora | lst | lit | magma | magma_moe (full)
   --encoder NAME        vit_tiny | vit_small | vit_base | vit_large | vit_huge (vit_base), patches of 16 at 224 px
   --language NAME       none | gpt2 | opt-1.3b | gpt-j-6b | llama-7b: the language model of magma, magma_moe (gpt2)
-  --experts N           a mixture of magma_moe's, one of which a token takes (8)
+  --experts N, --k N    a mixture of magma_moe's, and how many of them a token takes (4, 2)
   --mixture NAME        what they are: adapters (default) | ffn, copies of every second MLP of the language model
   --shard-experts       plan the experts spread over the GPUs, which wlsup does not do: each keeps them all
   --batch N             pictures a GPU (64)
@@ -106,6 +106,8 @@ ACTIVATION = 39.7
 """Bytes a token, layer and channel under bf16 autocast, by the same run: 4,406 MiB for 64 pictures."""
 READ = 179.0
 """Pictures a second that a loader process reads at least: 1,433 by eight of them (480 x 360 JPEGs)."""
+MIXTURE = 5.3
+"""Time of a mixture of 8 MLPs of width 768 over the dense MLP of as many tokens, forward and backward, on an H100."""
 HIDDEN = 0.5
 """Share of the computing behind which gradients travel: the backward pass, but for its end. Assumed."""
 LINK_EFFICIENCY = 0.8
@@ -171,6 +173,7 @@ class Job:
     encoder: str = "vit_base"
     language: str = "none"
     experts: int = 0
+    k: int = 2
     mixture: str = "adapters"
     shard_experts: bool = False
     batch: int = 64
@@ -201,13 +204,14 @@ def size(job: Job) -> Model:
         adapter, mlp = wide**2 / 2, 8 * wide**2  # at each MLP, factor 4
         if not job.experts:
             trained += deep * adapter
-        elif job.mixture == "adapters":
+        elif job.mixture == "adapters":  # each of a k-th of the channels, so that a token meets one adapter's worth
             layers = deep
-            experts = trained_experts = job.experts * layers * adapter
+            experts = trained_experts = job.experts * layers * adapter / job.k
         else:
             layers = deep // 2
             experts, trained_experts = (job.experts - 1) * layers * mlp, job.experts * layers * mlp
-            flops += layers * 2 * mlp * positions  # the weights' own gradients
+            dense = 6 * layers * mlp * positions  # forward, and backward to inputs and weights
+            flops += (MIXTURE * job.k - 2 / 3) * dense  # two thirds of one pass are in the frozen model's count
     else:
         text_width, text_depth, text_tokens = TEXT
         flops += transformer(text_width, text_depth, text_tokens)[1]
@@ -270,7 +274,8 @@ def plan(job: Job, cluster: Cluster) -> dict[str, Any]:
         "bound_by": "data" if seconds["data"] >= computing + exposed else "links" if exposed > computing else "compute",
         "pictures_per_second": world * job.batch / step,
         "efficiency": max(computing, seconds["data"]) / step,
-        "estimated": not APPROACHES[job.approach].measured or cluster.gpu != "h100" or world > 1,
+        "estimated": not APPROACHES[job.approach].measured or cluster.gpu != "h100" or world > 1
+        or job.encoder != "vit_base" or precision == "32",
     }  # fmt: skip
 
 
@@ -279,16 +284,21 @@ def run(arguments: list[str]) -> int:
     options = _options(arguments)
     if options.nodes < 1 or options.gpus_per_node < 1 or options.batch < 1 or options.workers < 1:
         raise WlsupError("nodes, gpus-per-node, batch and workers must be at least 1.")
-    for asked in ("experts", "mixture", "shard_experts"):
+    for asked in ("experts", "k", "mixture", "shard_experts"):
         if options.approach != "magma_moe" and getattr(options, asked):
             raise WlsupError(f"--{asked.replace('_', '-')} is of magma_moe's experts; {options.approach} has none.")
     if options.language == "none" and options.strategy == "fsdp":
-        raise WlsupError("--strategy fsdp shares out a language model: name one by --language.")
-    experts = 8 if options.approach == "magma_moe" and options.experts is None else options.experts or 0
-    if options.approach == "magma_moe" and (experts < 1 or options.language == "none"):
-        raise WlsupError("magma_moe needs a --language model and at least one of --experts.")
-    job = Job(options.approach, options.encoder, options.language, experts, options.mixture or "adapters",
-              options.shard_experts, options.batch, options.precision, options.strategy)  # fmt: skip
+        raise WlsupError("--strategy fsdp shares out a language model: plan magma or magma_moe.")
+    experts = 4 if options.approach == "magma_moe" and options.experts is None else options.experts or 0
+    if options.language != "none" and not options.approach.startswith("magma"):
+        raise WlsupError(f"--language is of magma and magma_moe; {options.approach} has no language model.")
+    if options.approach.startswith("magma") and options.language == "none":
+        raise WlsupError(f"{options.approach} needs a --language model.")
+    if options.approach == "magma_moe" and not 1 <= (options.k or 2) <= experts:
+        raise WlsupError("magma_moe needs at least one of --experts, and a --k between 1 and them.")
+    job = Job(options.approach, options.encoder, options.language, experts, options.k or 2,
+              options.mixture or "adapters", options.shard_experts, options.batch, options.precision,
+              options.strategy)  # fmt: skip
     cluster = Cluster(options.nodes, options.gpus_per_node, options.gpu, options.link, options.intra, options.workers)
     found = plan(job, cluster)
     if options.json:
@@ -315,6 +325,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--encoder", default="vit_base", choices=list(ENCODERS))
     parser.add_argument("--language", choices=list(LANGUAGE))
     parser.add_argument("--experts", type=int)
+    parser.add_argument("--k", type=int)
     parser.add_argument("--mixture", choices=["adapters", "ffn"])
     parser.add_argument("--shard-experts", action="store_true")
     parser.add_argument("--batch", type=int, default=64)

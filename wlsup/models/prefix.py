@@ -64,9 +64,10 @@ class _Dropout(nn.Dropout):
         share = 1 - self.p
 
         def draw(count: int, generator: torch.Generator | None) -> Tensor:
-            return x.new_empty(count, *x.shape[1:]).bernoulli_(share, generator=generator)
+            kept = torch.empty(count, *x.shape[1:], dtype=torch.bool, device=x.device)
+            return kept.bernoulli_(share, generator=generator)
 
-        return x * per_sample(draw, len(x), x.device).div_(share)
+        return (x * per_sample(draw, len(x), x.device)).mul(1 / share)
 
 
 class ImagePrefix(nn.Module):
