@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from wlsup.checkpoint_file import read_checkpoint
+from wlsup.cli import main
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 STEPS = 16  # 128 pairs, two processes of 8, two epochs
@@ -48,6 +49,48 @@ def ranks(folder):
 def losses(folder):
     with (folder / "run" / "metrics.csv").open() as file:
         return [(int(row["step"]), row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+DIES = """
+import os, signal, sys
+from wlsup.approaches.base import Approach
+from wlsup.cli import main
+step = Approach.training_step
+def dies(self, batch, batch_idx):
+    if self.trainer.global_step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_idx)
+Approach.training_step = dies
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("film", ["--model.regularizer.ema", "0.9"]), ("magma_moe", ["--model.moe.balance", "bias"])],
+)
+def test_killed_steps_after_the_checkpoint_it_logs_each_step_once_and_ends_as_the_unbroken_run(name, options, tmp_path):
+    def command(folder):
+        words = [
+            "fit", "-c", "experiments/base.yaml", "-c", f"experiments/{name}.yaml", "--run_dir", folder / "run",
+            "--data.pairs", "32", "--data.validation_pairs", "8", "--data.batch_size", "8", "--data.eval_sets", "[]",
+            "--captioning.pictures", "0", "--reconstructions.pictures", "0", "--trainer.max_epochs", "2",
+            "--trainer.log_every_n_steps", "1", *options,
+        ]  # fmt: skip
+        return list(map(str, words))
+
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert subprocess.run([sys.executable, "-c", DIES, *command(cut)], timeout=300).returncode == -signal.SIGKILL
+    assert read_checkpoint(cut / "run" / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert len(losses(cut)) == 7
+    assert main([*command(cut), "--resume", "auto"]) == 0
+    assert main(command(whole)) == 0
+    assert [step for step, _ in losses(cut)] == list(range(8))
+    assert losses(cut) == losses(whole)
+    one, other = (read_checkpoint(folder / "run" / "checkpoints" / "last.ckpt") for folder in (cut, whole))
+    assert all(torch.equal(one["state_dict"][key], tensor) for key, tensor in other["state_dict"].items())
+    if name == "film":
+        assert all(torch.equal(one["ema"]["weights"][key], mean) for key, mean in other["ema"]["weights"].items())
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")

@@ -63,6 +63,9 @@ def _rows(path: Path, until: int) -> list[dict[str, str]]:
             step = int(float(row.get("step") or "nan"))
         except ValueError:  # a line that was being written when the run was cut off
             continue
-        if step <= until:
+        # The trainer counts from 0: its row of step M is the first that a checkpoint after M steps does not hold. What
+        # callbacks measure stands at the number of steps made.
+        trainers = row.get("epoch") or any(value for key, value in row.items() if key and key.startswith("lr-"))
+        if step + bool(trainers) <= until:
             kept.append({key: value for key, value in row.items() if key and value not in ("", None)} | {"step": step})
     return kept
