@@ -148,6 +148,7 @@ def test_a_base_image_lies_under_the_patches(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_mini_pictures")
 @pytest.mark.parametrize("space", ["input", "token"])
 def test_a_run_ends_in_both_tables_and_the_encoder_is_as_it_was(space, tmp_path, capsys):
     options = ["--data.pairs", "128", "--data.validation_pairs", "64", "--data.batch_size", "32"]

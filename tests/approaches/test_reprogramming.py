@@ -193,6 +193,7 @@ def test_without_a_labelled_set_it_says_what_it_needs():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_mini_pictures")
 def test_a_run_ends_in_both_tables_and_the_encoder_is_as_it_was(tmp_path, capsys):
     options = ["--data.pairs", "64", "--data.validation_pairs", "16", "--data.batch_size", "16"]
     options += ["--data.eval_sets", "[mini_shapes, mini_digits]", "--model.probe_pictures", "1500"]

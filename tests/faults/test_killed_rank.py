@@ -110,10 +110,12 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(tmp_path):
     assert start(tmp_path, "--resume", "auto").wait(timeout=300) == 0, (tmp_path / "output").read_text()
     assert "going on from" in (tmp_path / "output").read_text()
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == STEPS
-    assert [step for step, _ in losses(tmp_path)] == list(range(STEPS))  # each step once
     whole = tmp_path / "whole"
     whole.mkdir()
     assert start(whole).wait(timeout=300) == 0, (whole / "output").read_text()
-    assert losses(tmp_path) == losses(whole)
+    found, wanted = losses(tmp_path), losses(whole)
+    assert [step for step, _ in wanted] == list(range(STEPS))
+    # Each step once, but for the one after whose checkpoint it may have died before its row was written.
+    assert set(found) <= set(wanted) and STEPS - 1 <= len(set(found)) == len(found)
     one, other = (read_checkpoint(folder / "run" / "checkpoints" / "last.ckpt") for folder in (tmp_path, whole))
     assert all(torch.equal(one["state_dict"][name], tensor) for name, tensor in other["state_dict"].items())
