@@ -153,13 +153,35 @@ def test_a_run_whose_features_were_cached_is_evaluated_on_pictures(tmp_path, few
     assert "R@1" in capsys.readouterr().out
 
 
-def test_the_terminal_shows_a_table_and_where_the_file_is(run, by_command, capsys):
-    assert main(["evaluate", str(run), "--metrics", "drift"]) == 0
+def test_the_terminal_shows_a_table_and_where_the_file_is(run, tmp_path, capsys):
+    assert main(["evaluate", str(run), "--metrics", "drift", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "CKA with pretrained" in out and "drift:v1" in out and "knn-dino:v1" in out
-    assert "evaluation.json" in out
+    assert f"In {tmp_path}: evaluation.json" in out
+    assert set(json.loads((tmp_path / "evaluation.json").read_text())["protocol"]) == {"knn", "drift"}
     for line in out.splitlines()[3:5]:
         assert "[" in line
+
+
+def files_of(run):
+    return {path: path.read_bytes() for path in (run / "evaluation.json", *(run / "classes").rglob("*.png"))}
+
+
+@pytest.mark.slow
+def test_a_look_at_a_part_leaves_the_runs_file_as_it_is(run, by_command, capsys):
+    (run / "classes" / "mini_digits" / "mine.png").write_bytes(b"")  # pictures written anew would take its place
+    before = files_of(run)
+    for choice, lost in (
+        (["--metrics", "drift,classes"], "metrics probe, few_shot, calibration, zero_shot, retrieval"),
+        (["--metrics", "classes", "--sets", "mini_shapes"], "sets mini_digits and metrics probe"),
+    ):
+        assert main(["evaluate", str(run), *choice]) == 0
+        captured = capsys.readouterr()
+        assert "k-NN" in captured.out and f"In {run}" not in captured.out
+        assert f"{run / 'evaluation.json'} was left as it is, since it also has the {lost}" in captured.err
+        assert "--out DIR" in captured.err
+        assert files_of(run) == before
+    (run / "classes" / "mini_digits" / "mine.png").unlink()
 
 
 @pytest.mark.slow

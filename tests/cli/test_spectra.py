@@ -1,7 +1,9 @@
 """`wlsup spectra` and its callback, on one small run."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -54,6 +56,42 @@ def test_the_callback_logs_alpha_layer_by_layer(run):
     assert steps == [0, 2, 4]
     assert len(board.Scalars("spectra_alpha/mae.encoder.backbone.blocks.0.mlp.fc1")) == 3
     assert 0 < board.Scalars("spectra/power_law")[-1].value <= 1
+
+
+def with_power_law(alpha, seed):
+    eigenvalues = (1 - np.random.default_rng(seed).random(100)) ** (-1 / (alpha - 1))
+    return torch.from_numpy(eigenvalues).float().sqrt().diag()
+
+
+def test_the_mean_alpha_is_of_the_same_layers_before_and_now():
+    module = torch.nn.Module()
+    module.encoder = torch.nn.Sequential(*(torch.nn.Linear(100, 100) for _ in range(2)))
+    module.head = torch.nn.Linear(100, 100)
+    first, second, head = (module.encoder[0].weight, module.encoder[1].weight, module.head.weight)
+    for weight, alpha in ((first, 3.0), (second, 2.5), (head, 6.0)):
+        weight.data = with_power_law(alpha, 0)
+    logged = []
+    board = SimpleNamespace(log_metrics=lambda metrics, step: logged.append(metrics))
+    trainer = SimpleNamespace(
+        is_global_zero=True, ckpt_path=None, loggers=[board], global_step=0, current_epoch=0, max_epochs=9
+    )
+    callback = Spectra(enabled=True, every_n_epochs=1, randomize=False, layers="*")
+    callback.on_fit_start(trainer, module)
+    callback.on_train_epoch_end(trainer, module)  # nothing has moved
+    first.data = with_power_law(2.0, 0)
+    second.data.zero_()
+    callback.on_train_epoch_end(trainer, module)
+    start, same, moved = logged
+    layers = [f"spectra_alpha/encoder.{i}" for i in range(2)]
+    assert start["spectra/alpha"] == pytest.approx(np.mean([start[layer] for layer in layers]))
+    assert "spectra_alpha/head" not in start
+    assert same["spectra_alpha/head"] > same["spectra/alpha"]
+    for key in ("spectra/alpha", "spectra/alpha_before", "spectra/power_law"):
+        assert same[key] == pytest.approx(start[key])
+    assert layers[1] not in moved
+    assert moved["spectra/alpha"] == moved[layers[0]] != start[layers[0]]
+    assert moved["spectra/alpha_before"] == start[layers[0]]
+    assert (start["spectra/power_law"], moved["spectra/power_law"]) == (1, 0.5)
 
 
 def test_the_command_finds_what_the_callback_found(run, written, tmp_path, capsys):

@@ -67,6 +67,44 @@ def test_the_command_gives_what_the_callback_gave(curve_run, curve, tmp_path, ca
     assert "no in-domain set" in shown
 
 
+def test_a_probe_has_columns_of_its_own(curve_run, tmp_path, capsys):
+    arguments = ["wise-ft", str(curve_run), "--alphas", "0,1", "--probe", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    head, _, first, last = capsys.readouterr().out.splitlines()[1:5]
+    sets = json.loads((tmp_path / "wise_ft.json").read_text())["sets"]
+    for name, domain in (("mini_shapes", "in"), ("mini_digits", "out")):
+        assert f"{name} ({domain}), probe" in head
+        (start, end), (_, (low, high)) = sets[name]["probe"], sets[name]["probe_ci95"]
+        assert f"{100 * start:.1f} +-" in first
+        assert f"{100 * end:.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in last
+    assert (first.count("+-"), last.count("[")) == (5, 5)
+
+
+@pytest.mark.parametrize("choice", [["--sets", "mini_digits"], ["--alphas", "0,1"]])
+def test_a_look_at_a_part_leaves_the_runs_curve_as_it_is(choice, curve_run, capsys):
+    files = [curve_run / f"wise_ft.{ending}" for ending in ("json", "png", "svg")]
+    before = [file.read_bytes() for file in files]
+    assert main(["wise-ft", str(curve_run), "--alphas", "0,0.5,1", *choice]) == 0
+    captured = capsys.readouterr()
+    assert "mini_digits (out)" in captured.out
+    assert f"{files[0]} was left as it is, since it also has the {choice[0][2:]}" in captured.err
+    assert "--out DIR" in captured.err
+    assert "wrote" not in captured.err
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_look_at_a_part_is_kept_where_it_loses_nothing(curve_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(curve_run, run)
+    (run / "wise_ft.json").unlink()
+    assert main(["wise-ft", str(run), "--sets", "mini_digits", "--alphas", "0,1"]) == 0
+    assert list(json.loads((run / "wise_ft.json").read_text())["sets"]) == ["mini_digits"]
+    assert main(["wise-ft", str(run), "--alphas", "0,0.5,1"]) == 0
+    found = json.loads((run / "wise_ft.json").read_text())
+    assert (found["alphas"], set(found["sets"])) == ([0, 0.5, 1], {"mini_shapes", "mini_digits"})
+    assert "was left" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -15,6 +15,7 @@ from wlsup.evaluation import wise_ft_curve as module_under_test
 from wlsup.evaluation.figures.saving import save_figure
 from wlsup.evaluation.figures.wise_ft import draw_wise_ft
 from wlsup.evaluation.knn import knn_accuracy
+from wlsup.evaluation.statistics import wilson
 from wlsup.evaluation.validation import picture_keys, take, validation_split
 from wlsup.evaluation.wise_ft_curve import features_along, load_tensors, wise_ft_curve
 from wlsup.evaluation.wise_ft_table import wise_ft_markdown, wise_ft_text
@@ -243,3 +244,16 @@ def test_table_and_picture_show_every_alpha_set_and_the_choice(found, tmp_path):
     assert first[0].startswith(b"\x89PNG")
     assert all(word in first[1].decode() for word in ("<svg", "home (in)", "away (out)", "pretrained"))
     assert len(draw_wise_ft(curve([eval_set("away", "out", 20)])).axes) == 1
+
+
+def test_every_number_of_the_table_has_its_interval_the_first_one_wilsons(found):
+    first, *rest = (line for line in wise_ft_markdown(found, "").splitlines() if line[2:3].isdigit())
+    home = found["validation"]["by_set"]["home"]
+    for share, pictures in (
+        (home["accuracy"][0], 16),
+        (found["sets"]["home"]["accuracy"][0], 40),
+        (found["sets"]["away"]["accuracy"][0], 40),
+    ):
+        _, low, high = wilson(round(share * pictures), pictures)
+        assert f" {100 * share:.1f} +-{100 * (high - low) / 2:.1f} |" in first
+    assert [line.count("[") for line in (first, *rest)] == [0, 3, 3]

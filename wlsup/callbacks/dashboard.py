@@ -68,7 +68,7 @@ def dashboard_layout(callbacks: Iterable[Callback], module: nn.Module) -> Layout
         }
     if "Spectra" in found:
         layout["spectra"] = {
-            "mean alpha of the layers with a power law": _lines("spectra/alpha"),
+            "mean alpha of the layers with a power law": _lines("spectra/alpha(_before)?"),
             "share of the layers with a power law": _lines("spectra/power_law"),
             "alpha by layer": _lines("spectra_alpha/.+"),
         }

@@ -97,8 +97,9 @@ class Spectra(Callback):
     """Analyse the weights by WeightWatcher: the encoder's before step 1, and with all that trains at the end.
 
     Off unless asked for. Works on rank 0, on the CPU, in float64; the model is not touched. Writes spectra.json and its
-    pictures into the run's folder, and logs ``spectra/alpha``, ``spectra/power_law`` (the share of layers that have
-    one) and ``spectra_alpha/<layer>``.
+    pictures into the run's folder, and logs ``spectra/alpha`` and ``spectra/power_law`` (the share of layers that have
+    one) of the layers that were there before, and ``spectra_alpha/<layer>`` of all. The mean alpha is of layers with a
+    power law both before and now; ``spectra/alpha_before`` is what the same layers had before.
 
     Args:
         enabled: analyse at all.
@@ -204,13 +205,22 @@ class Spectra(Callback):
             return spectra(views, spec, show)
 
     def _log(self, trainer: lightning.Trainer, found: dict[str, LayerSpectrum]) -> None:
-        alphas = {name: s.metrics["alpha"] for name, s in found.items() if s.metrics["power_law"]}
-        metrics = {f"spectra_alpha/{name}": alpha for name, alpha in alphas.items()}
-        if alphas:
-            metrics["spectra/alpha"] = sum(alphas.values()) / len(alphas)
-        metrics["spectra/power_law"] = len(alphas) / max(len(found), 1)
+        now, before = _alphas(found), _alphas(self.before)
+        metrics = {f"spectra_alpha/{name}": alpha for name, alpha in now.items()}
+        known = [name for name in found if name in self.before] if self.before else list(found)
+        lawful = [name for name in known if name in now]
+        both = [name for name in lawful if name in before] if self.before else lawful
+        if both:
+            metrics["spectra/alpha"] = sum(now[name] for name in both) / len(both)
+        if both and self.before:
+            metrics["spectra/alpha_before"] = sum(before[name] for name in both) / len(both)
+        metrics["spectra/power_law"] = len(lawful) / max(len(known), 1)
         for sink in trainer.loggers:
             sink.log_metrics(metrics, step=trainer.global_step)
+
+
+def _alphas(found: dict[str, LayerSpectrum]) -> dict[str, float]:
+    return {name: spectrum.metrics["alpha"] for name, spectrum in found.items() if spectrum.metrics["power_law"]}
 
 
 def _matches(name: str, glob: str) -> bool:

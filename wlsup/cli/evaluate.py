@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wlsup.cli.earlier import left_as_it_is
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
 from wlsup.cli.recipes import holds_run
@@ -21,8 +23,8 @@ HELP = """\
 usage: wlsup evaluate RUN|WEIGHTS [options]
 
 Compare a run's fine-tuned encoder with the pretrained one by more than k-NN, set by set, with 95 % intervals; writes
-evaluation.json and pictures of the classes that changed most (classes/) into the run's folder. Of weights alone the
-figures are printed.
+evaluation.json and pictures of the classes that changed most (classes/) into the run's folder; a choice of --metrics or
+--sets does so only if it loses nothing that the run's file has. Of weights alone the figures are printed.
 
   RUN|WEIGHTS                   a run's folder; or mini, a timm name, hf-hub:ID, a local weight file or folder
   --metrics NAME,..             probe, few_shot, calibration, drift, classes, zero_shot, retrieval (all by default)
@@ -35,12 +37,15 @@ figures are printed.
   --resamples N                 of the test pictures, for intervals (2000)
   --batch-size N                pictures a forward pass (256)
   --workers N                   processes that read pictures (0)
+  --out DIR                     where to write in any case, in place of the run's folder; weights' figures too
   --json                        machine-readable, complete
 """
 
+_log = logging.getLogger("wlsup")
+
 
 def run(arguments: list[str]) -> int:
-    """Print the comparison, and write it where there is a run."""
+    """Print the comparison, and write it where there is somewhere to write to."""
     parser = CommandParser("evaluate")
     parser.add_argument("target")
     parser.add_argument("--metrics")
@@ -52,6 +57,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     given_numbers(options, "batch_size", "workers", "draws", "resamples")
@@ -59,15 +65,23 @@ def run(arguments: list[str]) -> int:
     is_run = holds_run(folder)
     spec = _spec(options)
     log_to_terminal(quiet=options.json)
-    results = _evaluate_run(folder, spec, options) if is_run else _evaluate_weights(spec, options)
+    if is_run:
+        results, out = _evaluate_run(folder, spec, options)
+    else:
+        results, out = _evaluate_weights(spec, options), options.out
+    if out is not None:
+        from wlsup.files import write_json
+
+        with _writing(out):
+            write_json(out / "evaluation.json", results)
     if options.json:
         print(json.dumps({"target": options.target, **results}, indent=2, allow_nan=False))
         return 0
     from wlsup.evaluation.evaluation_table import print_evaluation
 
     print_evaluation(results, f"More than k-NN: {options.target}")
-    if is_run:
-        print(f"In {folder}: evaluation.json{', classes/' if (folder / 'classes').is_dir() else ''}")
+    if out is not None:
+        print(f"In {out}: evaluation.json{', classes/' if (out / 'classes').is_dir() else ''}")
     return 0
 
 
@@ -85,12 +99,12 @@ def _spec(options: argparse.Namespace) -> Any:
     return MetricSpec(chosen, shots, options.draws, options.resamples)
 
 
-def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> dict[str, Any]:
+def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
+    """Return the figures, and the folder for them; None where the run's own file stays."""
     from wlsup.callbacks.evaluation import save_examples, score_retrieval, score_zero_shot
     from wlsup.cli.configuration import choose_eval_sets, load_run, untrained_run
     from wlsup.evaluation.judgement import compare, protocols
     from wlsup.evaluation.zero_shot import read_prompts
-    from wlsup.files import write_json
 
     module, data = load_run(folder)
     choose_eval_sets(data, options.sets, options.root)
@@ -99,6 +113,7 @@ def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> dict[
     if "retrieval" in spec:
         data.setup()  # captions that are not here are missed now, not after hours
     eval_sets = data.eval_datasets()
+    out = _out(folder, spec, [one.name for one in eval_sets], options)
     pretrained = untrained_run(folder)
     before = {one.name: _judge(pretrained, one, spec, options) for one in eval_sets}
     del pretrained
@@ -110,16 +125,22 @@ def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> dict[
             prompts = read_prompts(one.name, options.templates)
             if (found := score_zero_shot(module, one, prompts, batch_size=options.batch_size)) is not None:
                 sets[one.name]["zero_shot"] = found
-        if "classes" in spec:
-            with _writing(folder):
-                save_examples(folder, one, sets[one.name]["classes"], before[one.name], after, module.image_spec)
+        if "classes" in spec and out is not None:
+            with _writing(out):
+                save_examples(out, one, sets[one.name]["classes"], before[one.name], after, module.image_spec)
     results: dict[str, Any] = {"sets": sets}
     if "retrieval" in spec and (found := score_retrieval(module, data.val_dataloader())) is not None:
         results["retrieval"] = found
-    results = {"protocol": protocols(spec, sets, "retrieval" in results), **results}
-    with _writing(folder):
-        write_json(folder / "evaluation.json", results)
-    return results
+    return {"protocol": protocols(spec, sets, "retrieval" in results), **results}, out
+
+
+def _out(folder: Path, spec: Any, sets: list[str], options: argparse.Namespace) -> Path | None:
+    if options.out is None and (options.sets is not None or options.metrics is not None):
+        found = {"sets": sets, "protocol": ["knn", *spec.metrics]}
+        if stays := left_as_it_is(folder / "evaluation.json", found):
+            _log.warning("%s", stays)
+            return None
+    return options.out or folder
 
 
 @contextmanager
@@ -127,7 +148,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WlsupError(f"Cannot write into {folder}: {error.strerror}. Copy the run to where it can be.") from error
+        raise WlsupError(f"Cannot write into {folder}: {error.strerror}. Give another folder with --out.") from error
 
 
 def _evaluate_weights(spec: Any, options: argparse.Namespace) -> dict[str, Any]:

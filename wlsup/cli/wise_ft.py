@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from wlsup.cli.earlier import left_as_it_is
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
 from wlsup.errors import WlsupError
@@ -18,14 +19,15 @@ HELP = """\
 usage: wlsup wise-ft RUN [options]
 
 Score theta = (1 - a) pretrained + a finetuned by k-NN on every set, for a from 0 to 1, and choose a on validation
-pictures of the in-domain sets. Writes wise_ft.json, wise_ft.png and wise_ft.svg into the run's folder.
+pictures of the in-domain sets. Writes wise_ft.json, wise_ft.png and wise_ft.svg into the run's folder; a choice of
+--alphas or --sets does so only if it loses nothing that the run's curve has.
 
   RUN                           a finished run's folder
   --alphas A,A,..               places on the line, 0 and 1 among them (0,0.1,..,1)
   --sets NAME,..                eval sets (by default the run's own)
   --root DIR                    the folder of the published sets (by default the run's)
   --probe                       score by a linear probe, too (slower)
-  --out DIR                     where to write, in place of the run's folder
+  --out DIR                     where to write in any case, in place of the run's folder
   --batch-size N                pictures a forward pass (256)
   --workers N                   processes that read pictures (0)
   --json                        machine-readable, complete
@@ -124,4 +126,9 @@ def _curve(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], s
     if results.is_file():
         said = json.loads(results.read_text(encoding="utf-8"))
         title = f"WiSE-FT: {said['approach']}, {said['preset']}, seed {said['seed']}"
-    return curve, title, write_curve(curve, Path(options.out) if options.out else folder, title)
+    if options.out is None and (options.sets is not None or options.alphas is not None):
+        found = {"sets": curve["sets"], "alphas": curve["alphas"]}
+        if stays := left_as_it_is(folder / "wise_ft.json", found):
+            _log.warning("%s", stays)
+            return curve, title, []
+    return curve, title, write_curve(curve, Path(options.out or folder), title)

@@ -1,10 +1,12 @@
-"""WiSE-FT's curve as a person reads it: a row an alpha, a column a set, an interval beside every change."""
+"""WiSE-FT's curve as a person reads it: a row an alpha, a column a set and scorer, an interval beside every number."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from wlsup.evaluation.statistics import Interval, mean_of_intervals, wilson
 
 __all__ = ["wise_ft_markdown", "wise_ft_text"]
 
@@ -38,26 +40,41 @@ def wise_ft_markdown(curve: Mapping[str, Any], title: str) -> str:
 def _rows(curve: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     validation = curve["validation"]
     sets = sorted(curve["sets"].items(), key=lambda item: item[1]["domain"] != "in")
-    head = [
-        "alpha",
-        *(["validation (in)"] if validation["sets"] else []),
-        *(f"{name} ({entry['domain']})" for name, entry in sets),
+    columns: list[tuple[str, list[str]]] = []
+    if validation["sets"]:
+        parts = [_share(one["accuracy"][0], one["validation"]) for one in validation["by_set"].values()]
+        cells = _column(mean_of_intervals(parts), validation["accuracy"], validation["ci95"])
+        columns.append(("validation (in)", cells))
+    for name, entry in sets:
+        for scorer, accuracy, intervals in (("", "accuracy", "ci95"), (", probe", "probe", "probe_ci95")):
+            if accuracy in entry:
+                first = _share(entry[accuracy][0], entry["test"])
+                cells = _column(first, entry[accuracy], entry[intervals])
+                columns.append((f"{name} ({entry['domain']}){scorer}", cells))
+    alphas = [f"{alpha:g}" + (" *" if alpha == curve["chosen_alpha"] else "") for alpha in curve["alphas"]]
+    rows = zip(alphas, *(cells for _, cells in columns), strict=True)
+    return ["alpha", *(head for head, _ in columns)], [list(row) for row in rows]
+
+
+def _column(first: Interval, accuracy: Sequence[float], intervals: Sequence[Sequence[float]]) -> list[str]:
+    """Return cells: accuracy at alpha 0 with its own interval, at the others with that of the change."""
+    rest = zip(accuracy[1:], intervals[1:], strict=True)
+    return [
+        f"{100 * first.estimate:.1f} +-{50 * (first.high - first.low):.1f}",
+        *(f"{100 * value:.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for value, (low, high) in rest),
     ]
-    rows = []
-    for position, alpha in enumerate(curve["alphas"]):
-        row = [f"{alpha:g}" + (" *" if alpha == curve["chosen_alpha"] else "")]
-        for entry in ([validation] if validation["sets"] else []) + [entry for _, entry in sets]:
-            low, high = entry["ci95"][position]
-            shown = f"{100 * entry['accuracy'][position]:.1f}"
-            row.append(shown if alpha == 0 else f"{shown} [{100 * low:+.1f}, {100 * high:+.1f}]")
-        rows.append(row)
-    return head, rows
+
+
+def _share(accuracy: float, pictures: int) -> Interval:
+    return wilson(round(accuracy * pictures), pictures)
 
 
 def _notes(curve: Mapping[str, Any]) -> list[str]:
+    scorers = "k-NN and linear probe" if any("probe" in entry for entry in curve["sets"].values()) else "k-NN"
     lines = [
-        "k-NN accuracy in %; in brackets the 95% interval of the change from alpha 0, in points (paired bootstrap over "
-        "test pictures). alpha 0 is the pretrained encoder, 1 the fine-tuned one.",
+        f"Accuracy in % by {scorers}; at alpha 0 +- half of Wilson's 95% interval (of validation made of the sets' "
+        "own), in brackets the 95% interval of the change from alpha 0, in points (paired bootstrap over test "
+        "pictures). alpha 0 is the pretrained encoder, 1 the fine-tuned one.",
         f"* chosen: {curve['chosen_alpha']:g} = {curve['rule']}.",
     ]
     chosen = curve["alphas"].index(curve["chosen_alpha"])

@@ -225,6 +225,8 @@ def _evaluation(path: Path) -> dict[str, Any]:
     for entry in evaluation.get("sets", {}).values():
         for row in entry.get("classes") or []:
             _ = row["class"], row["n"], row["pretrained"], row["finetuned"], row["delta"]
+    if retrieval := evaluation.get("retrieval"):
+        _ = retrieval["pairs"], [float(value) for value in retrieval["chance"].values()]
     return evaluation
 
 

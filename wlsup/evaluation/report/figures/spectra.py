@@ -11,8 +11,15 @@ from matplotlib.ticker import MaxNLocator
 
 from wlsup.evaluation.report.figures.style import Chart, Palette, axes, slug
 from wlsup.evaluation.report.groups import Group
+from wlsup.evaluation.report.runs import Run
 
-__all__ = ["spectra_chart"]
+__all__ = ["both_alphas", "spectra_chart"]
+
+
+def both_alphas(run: Run) -> list[tuple[float, float]]:
+    """Return (alpha before, alpha after) of the layers with a power law in both: no other layers compare."""
+    pairs = [(_alpha(layer["before"]), _alpha(layer["after"])) for layer in run.spectra["layers"]]
+    return [(before, after) for before, after in pairs if before is not None and after is not None]
 
 
 def spectra_chart(group: Group) -> Chart | None:
@@ -59,7 +66,9 @@ def spectra_chart(group: Group) -> Chart | None:
         )
         for place, layer in enumerate(layers)
     )  # fmt: skip
-    middle = f" Median alpha after training: {median(fits):.2f}." if fits else ""
+    both = both_alphas(run)
+    medians = [f"{median(side):.2f}" for side in zip(*both, strict=True)]
+    middle = f" Median alpha of the {len(both)} that do so before and after: {' and '.join(medians)}." if both else ""
     return Chart(
         f"spectra-{slug(group.name)}",
         f"Spectra of {group.name}, seed {run.seed}",

@@ -8,7 +8,7 @@ from statistics import median
 
 from wlsup.evaluation.report.blocks import Cell, Charts, Section, Table, Text, change, figure
 from wlsup.evaluation.report.figures.learning import learning_chart
-from wlsup.evaluation.report.figures.spectra import spectra_chart
+from wlsup.evaluation.report.figures.spectra import both_alphas, spectra_chart
 from wlsup.evaluation.report.figures.wise_ft import wise_ft_chart, wise_ft_delta
 from wlsup.evaluation.report.groups import Estimate, Group, over_seeds
 from wlsup.evaluation.report.runs import Run
@@ -69,13 +69,14 @@ def spectra(groups: Sequence[Group]) -> Section:
     for group in groups:
         scored = [run for run in group.runs if run.spectra.get("layers")]
         if scored:
-            cells = [figure(_median(scored, when), lambda value: f"{value:.2f}") for when in ("before", "after")]
+            cells = [figure(_median(scored, when), lambda value: f"{value:.2f}") for when in (0, 1)]
             rows.append((Cell(group.name), Cell(str(len(scored))), *cells, Cell(_fitted(scored[0]))))
     protocols = sorted({str(run.spectra.get("protocol")) for group in groups for run in group.runs if run.spectra})
     table = Table(
         "Median over layers of alpha, the exponent of the spectrum’s tail; over seeds mean and 95 % interval "
-        f"(Student’s t). Layers without a power law are left out. Protocol: {'; '.join(protocols)}.",
-        ("approach", "seeds", "alpha before", "alpha after", "layers with a power law"), tuple(rows),
+        "(Student’s t). Both are of the layers with a power law before and after; others are left out. "
+        f"Protocol: {'; '.join(protocols)}.",
+        ("approach", "seeds", "alpha before", "alpha after", "layers with a power law in both"), tuple(rows),
     )  # fmt: skip
     return Section("spectra", title, [table, Charts(charts)])
 
@@ -98,14 +99,11 @@ def _chosen(runs: Sequence[Run], group: Group, domain: str) -> Estimate | None:
     return over_seeds([estimate.value for estimate in per_run])
 
 
-def _alphas(run: Run, when: str) -> list[float]:
-    return sorted(layer[when]["alpha"] for layer in run.spectra["layers"] if (layer[when] or {}).get("power_law"))
-
-
-def _median(runs: Sequence[Run], when: str) -> Estimate | None:
-    found = [median(alphas) for run in runs if (alphas := _alphas(run, when))]
+def _median(runs: Sequence[Run], when: int) -> Estimate | None:
+    """Return the median alpha before (0) or after (1), over seeds."""
+    found = [median(pair[when] for pair in pairs) for run in runs if (pairs := both_alphas(run))]
     return over_seeds(found) if found else None
 
 
 def _fitted(run: Run) -> str:
-    return f"{len(_alphas(run, 'after'))} of {len(run.spectra['layers'])}"
+    return f"{len(both_alphas(run))} of {len(run.spectra['layers'])}"

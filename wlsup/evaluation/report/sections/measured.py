@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from wlsup.evaluation.report.blocks import Block, Cell, Section, Table, Text, change, figure, number, share
 from wlsup.evaluation.report.groups import Basis, Estimate, Group, of_share, over_seeds
+from wlsup.evaluation.report.runs import Run
 
 __all__ = ["beyond_knn", "tasks"]
 
@@ -28,7 +29,7 @@ def beyond_knn(groups: Sequence[Group]) -> Section:
     """Return every figure of evaluation.json, a table a metric: rows are approaches and sets, columns its figures.
 
     The file is walked, so that a metric which this page does not know is shown as well: a figure is a number with its
-    ``ci95``, a ``delta`` with one is a change.
+    ``ci95``, a ``delta`` with one is a change; ``chance`` has none. Retrieval is of held-out pairs, not of a set.
     """
     found: dict[str, dict[tuple[str, str], dict[str, Estimate]]] = {}
     protocols: dict[str, set[str]] = {}
@@ -41,7 +42,8 @@ def beyond_knn(groups: Sequence[Group]) -> Section:
             for metric, protocol in (told if isinstance(told, dict) else {}).items():
                 protocols.setdefault(metric, set()).add(str(protocol))
     title = "Beyond k-NN"
-    if not found:
+    retrieval = _retrieval(groups, _evaluated_retrieval)
+    if not found and retrieval is None:
         return Section("beyond", title, [Text("No run has evaluation.json: `wlsup evaluate RUN` makes it.")])
     blocks: list[Block] = [
         Text(
@@ -60,13 +62,15 @@ def beyond_knn(groups: Sequence[Group]) -> Section:
         headers = ("approach", "set", *(_header(column, judged) for column in columns))
         name = _name(metric)
         blocks.append(Table(f"{name[0].upper()}{name[1:]}. Protocol: {protocol}.", headers, cells, words=2))
+    if retrieval is not None:
+        blocks.append(retrieval)
     return Section("beyond", title, blocks)
 
 
 def tasks(groups: Sequence[Group]) -> Section:
     """Return retrieval, caption scores and what approaches measured of themselves."""
     blocks: list[Block] = []
-    if table := _retrieval(groups):
+    if table := _retrieval(groups, lambda run: run.results.get("retrieval") or {}):
         blocks.append(table)
     if table := _captioning(groups):
         blocks.append(table)
@@ -96,8 +100,8 @@ def _metrics(group: Group) -> dict[str, dict[str, dict[str, Estimate]]]:
     }
 
 
-def _figures(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float, list[float]]]:
-    """Yield (path, value, interval) of a metric's figures."""
+def _figures(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float, list[float] | None]]:
+    """Yield (path, value, interval) of a metric's figures; chance has no interval."""
     interval = node.get("ci95")
     for key, value in node.items():
         here = f"{path} {_name(key)}".strip()
@@ -105,10 +109,12 @@ def _figures(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, flo
             yield from _figures(value, here)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             own = node.get(f"{key}_ci95")
-            if own is None and key in ("delta", "value"):
+            if own is None and key in ("delta", "value", "accuracy"):
                 own = interval
-                here = here if key == "delta" else path
-            if isinstance(own, list) and len(own) == 2:
+                here = path if key == "value" else here
+            if key == "chance":
+                yield here, float(value), None
+            elif isinstance(own, list) and len(own) == 2:
                 yield here, float(value), own
 
 
@@ -116,12 +122,14 @@ def _estimate(values: Sequence[tuple[float, Any]]) -> Estimate:
     if len(values) > 1:
         return over_seeds([value for value, _ in values])
     value, interval = values[0]
-    return Estimate(value, *interval, "pictures")
+    return Estimate(value, *interval, "pictures") if interval else over_seeds([value])
 
 
 def _cell(column: str, estimate: Estimate | None, percent: bool) -> Cell:
     if estimate is None:
         return Cell("–", "not measured")
+    if column.endswith("chance"):
+        return Cell(number(100 * estimate.value, 1) if percent else number(estimate.value, 3), "computed")
     if column.endswith("delta"):
         if percent:
             return change(estimate)
@@ -138,13 +146,21 @@ def _name(key: str) -> str:
     return _NAMES.get(str(key), str(key).replace("_", " ").replace("finetuned", "fine-tuned"))
 
 
-def _retrieval(groups: Sequence[Group]) -> Table | None:
-    rows = []
+def _evaluated_retrieval(run: Run) -> dict[str, Any]:
+    """Return evaluation.json's recalls in the form of results.json's."""
+    found = run.evaluation.get("retrieval") or {}
+    return found and {**found, "protocol": (run.evaluation.get("protocol") or {}).get("retrieval")}
+
+
+def _retrieval(groups: Sequence[Group], of: Callable[[Run], Mapping[str, Any]]) -> Table | None:
+    """Return held-out recall, a row a group, over its runs that have it."""
+    rows, protocols = [], set()
     columns = [(way, k) for way in ("image_to_text", "text_to_image") for k in ("1", "5", "10")]
     for group in groups:
-        found = [run.results.get("retrieval") or {} for run in group.runs]
-        if not all(one.get("image_to_text") for one in found):
+        found = [one for run in group.runs if (one := of(run)).get("image_to_text")]
+        if not found:
             continue
+        protocols |= {str(one.get("protocol") or "cosine, expected recall among equals") for one in found}
         cells = []
         for direction, k in columns:
             values = [one[direction][k] for one in found if k in one.get(direction, {})]
@@ -157,10 +173,6 @@ def _retrieval(groups: Sequence[Group]) -> Table | None:
         return None
     ways = {"image_to_text": "picture to text", "text_to_image": "text to picture"}
     headers = ("approach", "pairs", *(f"{ways[way]} R@{k}" for way, k in columns))
-    protocols = {
-        str((run.results.get("retrieval") or {}).get("protocol") or "cosine, expected recall among equals")
-        for group in groups for run in group.runs if run.results.get("retrieval")
-    }  # fmt: skip
     return Table(
         "Held-out retrieval, in %: how often the right one is among the k nearest. Brackets: 95 % interval over seeds "
         f"(Student’s t), of one seed over pairs. Protocol: {'; '.join(sorted(protocols))}.",
