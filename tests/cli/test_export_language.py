@@ -191,6 +191,8 @@ def test_the_line_that_loads_the_language_model(run, tmp_path, capsys, monkeypat
         ("magma-frozen", ["--language"], "this run of 'magma' has no experts in the places"),
         ("adapters", ["--language"], "--language is for runs of magma_moe with mixture: ffn"),
         ("ffn-frozen", ["--language", "--adapter-only"], "not allowed with"),
+        ("ffn-frozen", ["--language", "--licence", "mit"], "which --language does not write"),
+        ("ffn-frozen", ["--language", "--alpha", "0.5"], "Leave --alpha out"),
     ],
 )
 def test_mistakes_are_one_message(name, options, said, run, tmp_path, capsys):

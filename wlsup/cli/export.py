@@ -61,6 +61,8 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", options.licence):
         raise WlsupError(f"--licence {options.licence!r}: give an identifier such as mit, apache-2.0 or cc-by-4.0.")
+    if options.form == "language" and options.licence != "other":
+        raise WlsupError("--licence is for the model card, which --language does not write: leave it out.")
     folder = Path(options.run)
     check_finished(folder)
     alpha = _alpha(folder, options.alpha)
@@ -137,7 +139,12 @@ def _export(folder: Path, out: Path, alpha: float, options: argparse.Namespace) 
     from wlsup.evaluation.wise_ft_curve import load_tensors
 
     module, _ = load_run(folder)
-    if module.untouched and (options.form == "encoder" or alpha != 1):
+    if module.untouched and alpha != 1 and options.form != "encoder":
+        raise WlsupError(
+            f"Approach {module.name!r} leaves the encoder as it was pretrained: WiSE-FT's line, and so --alpha, is of "
+            "an encoder that trains. Leave --alpha out."
+        )
+    if module.untouched and options.form == "encoder":
         raise WlsupError(
             f"Approach {module.name!r} leaves the encoder as it was pretrained ({module.encoder.base_id}), so that "
             "there is no encoder to export; --adapter-only writes what it trained beside it."
