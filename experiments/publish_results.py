@@ -61,7 +61,8 @@ def main() -> int:
     measured = json.loads((HERE / "results" / "mini.json").read_text())
     text = (HERE / "results" / "mini.md").read_text()
     table = re.search(r"^\| approach.*?(?=\n\n)", text, re.DOTALL | re.MULTILINE).group(0)
-    files = {ROOT / "README.md": lambda old: with_table(old, table)}
+    protocol = re.search(r"^Protocol: (.*)\.$", text, re.MULTILINE).group(1)
+    files = {ROOT / "README.md": lambda old: with_table(old, f"{table}\n\nProtocol: `{protocol}`.")}
     for row in measured["rows"]:
         files[HERE / f"{row['approach']}.yaml"] = lambda old, row=row: with_header(old, header(row))
     stale = []

@@ -20,6 +20,11 @@ for path in sorted((ROOT / "wlsup" / "adapters").glob("[a-z]*.py")):
     importlib.import_module(f"wlsup.adapters.{path.stem}")
 
 
+def lacking(what):
+    """Skip for want of something; where WLSUP_TEST_ALL says that it is to be there, as in CI, fail."""
+    (pytest.fail if os.environ.get("WLSUP_TEST_ALL") else pytest.skip)(what)
+
+
 @pytest.fixture
 def shared_data():
     """The folder of real pictures, where there is one."""

@@ -133,6 +133,16 @@ def test_zero_shot_is_made_of_the_runs_own_head(run, by_callback):
     assert by_callback["sets"]["mini_digits"]["zero_shot"]["accuracy"] == pytest.approx(expected, abs=1.1e-2)
 
 
+def test_zero_shot_takes_other_templates(run, by_command, tmp_path):
+    (tmp_path / "mine.txt").write_text("elephants beside {}\n")
+    call = ["evaluate", str(run), "--metrics", "zero_shot", "--templates", str(tmp_path / "mine.txt")]
+    assert main([*call, "--draws", "3", "--out", str(tmp_path)]) == 0
+    entry = json.loads((tmp_path / "evaluation.json").read_text())["sets"]["mini_digits"]["zero_shot"]
+    ours = by_command["sets"]["mini_digits"]["zero_shot"]
+    assert (entry["templates"], entry["prompts"]) == (1, str(tmp_path / "mine.txt"))
+    assert entry["accuracy"] != ours["accuracy"] and ours["templates"] > 1
+
+
 def test_pictures_of_the_classes_that_changed_most_are_the_sets_own(run, by_callback, few_digits):
     files = sorted((run / "classes" / "mini_digits").glob("*.png"))
     assert any(file.name.startswith("helped-1-") for file in files)

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -11,6 +12,8 @@ from wlsup.checkpoint_file import read_checkpoint
 from wlsup.cli import main
 from wlsup.cli.training import _forgotten_unbegun, _held, _is_of
 from wlsup.errors import WlsupError
+
+from ..conftest import lacking
 
 
 def command(folder, *options):
@@ -82,6 +85,7 @@ def test_only_errors_of_the_runs_folder_are_told_as_such(error, ours, tmp_path):
     assert _is_of(folder, error(folder)) is ours
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer dies quietly
 def test_a_folder_that_vanishes_ends_the_run_with_a_sentence(tmp_path, monkeypatch, capsys):
     step = Approach.training_step
 
@@ -96,6 +100,63 @@ def test_a_folder_that_vanishes_ends_the_run_with_a_sentence(tmp_path, monkeypat
     error = capsys.readouterr().err
     assert "wlsup: error:" in error
     assert "Traceback" not in error
+
+
+def test_a_folder_that_is_removed_in_mid_run_is_not_made_again(tmp_path, monkeypatch, capsys):
+    step = Approach.training_step
+
+    def vanish(self, batch, batch_idx):
+        if self.trainer.global_step == 2:
+            shutil.rmtree(tmp_path / "run")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Approach, "training_step", vanish)
+    rarely = ["--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1000"]  # no log notices it first
+    assert main(command(tmp_path / "run", *rarely)) == 2
+    captured = capsys.readouterr()
+    assert f"The run's folder {tmp_path / 'run'} has been removed" in captured.err
+    assert "Traceback" not in captured.err
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MiB of its own."""
+    if os.geteuid() != 0:
+        lacking("a file system of its own needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "wlsup", folder], capture_output=True, text=True)
+    if made.returncode:
+        lacking(f"a file system cannot be mounted here: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_without_a_byte_left_ends_the_run_with_a_sentence_and_it_goes_on_when_there_is_room(
+    small_disk, monkeypatch, capsys
+):
+    step, folder, filler = Approach.training_step, small_disk / "run", small_disk / "filler"
+
+    def fill(self, batch, batch_idx):
+        if self.trainer.global_step == 4:  # the second epoch has begun, the first one's checkpoint is there
+            with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Approach, "training_step", fill)
+    assert main(command(folder)) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "Traceback" not in error
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 4
+    monkeypatch.undo()
+    filler.unlink()
+    assert main(command(folder, "--resume", "auto")) == 0
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 8
+    assert (folder / "results.json").stat().st_size
 
 
 def test_a_folder_that_turns_read_only_ends_the_run_with_a_sentence_and_keeps_what_is_in_it(

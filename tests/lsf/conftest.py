@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ..conftest import lacking
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(__file__).parent / "bin"
 SMALL = (
@@ -18,11 +20,6 @@ SMALL = (
     "--trainer.max_epochs 1 --trainer.accelerator cpu --captioning.pictures 8"
 )
 """What makes a run tiny, as ARGS."""
-
-
-def lacking(what):
-    """Skip for want of something; where WLSUP_TEST_ALL says that it is to be there, as in CI, fail."""
-    (pytest.fail if os.environ.get("WLSUP_TEST_ALL") else pytest.skip)(what)
 
 
 class Cluster:

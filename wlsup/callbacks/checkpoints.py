@@ -111,6 +111,7 @@ class Checkpoints(Checkpoint):
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
         self._trained = False
+        self._config, self._has_config = Path("config.yaml"), False
         self._stopped: StoppedEarly | None = None
 
     @property
@@ -143,6 +144,8 @@ class Checkpoints(Checkpoint):
         if places and loop._combined_loader is not None:
             loop._combined_loader._load_state_dicts(places)
         self._saved, self._trained = time.monotonic(), True
+        self._config = Path(trainer.default_root_dir) / "config.yaml"
+        self._has_config = self._config.is_file()
         if trainer.is_global_zero:
             (self._folder(trainer) / STOPPED_FILE).unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():
@@ -229,6 +232,14 @@ class Checkpoints(Checkpoint):
         return Path(trainer.default_root_dir) / "checkpoints" if self.folder is None else Path(self.folder)
 
     def _save(self, trainer: lightning.Trainer, *, needed: bool) -> Path:
+        removed = self._has_config and not self._config.is_file()
+        if trainer.world_size > 1:
+            removed = trainer.strategy.broadcast(removed)  # the first rank looks
+        if removed:  # a checkpoint alone cannot go on, and nobody would look for it
+            raise WlsupError(
+                f"The run's folder {self._config.parent} has been removed, and its config.yaml with it, at step "
+                f"{trainer.global_step}: training stops, and there is nothing to go on from."
+            )
         folder = self._folder(trainer)
         path = folder / LAST
         self._saved = time.monotonic()

@@ -26,7 +26,7 @@ Score an encoder by weighted k-NN, without training.
                                 by default the run's own, or the four mini ones
   --root DIR                    the folder of the published sets (by default the run's; the environment's
                                 WLSUP_DATA; ./data)
-  --random                      random weights of the same architecture, for comparison
+  --random                      random weights of the same architecture (seed 0), for comparison
   --pixels                      raw pixels instead of features, for comparison
   --batch-size N                pictures a forward pass (256)
   --workers N                   processes that read pictures (0)
@@ -110,7 +110,9 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
         spec = module.image_spec
         choose_eval_sets(data, options.sets, options.root)
     else:
-        module = build_vision(VisionSpec(weights=options.target, pretrained=not options.random))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # random weights are the same in every call
+            module = build_vision(VisionSpec(weights=options.target, pretrained=not options.random))
         spec = module.image_spec
         if options.pixels:
             module = _Pixels()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -80,7 +81,11 @@ def train(cli: WlsupCLI) -> int:
     os.environ[RUN_DIR] = str(folder)  # the processes that fit() starts inherit it; the next run does not
     path = cli.resumption.path
     try:
-        with _held(folder) if first else nullcontext(), _forgotten_unbegun(folder) if first else nullcontext():
+        with (
+            _told_once(),
+            _held(folder) if first else nullcontext(),
+            _forgotten_unbegun(folder) if first else nullcontext(),
+        ):
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=None if path is None else str(path), weights_only=True)
     except StoppedEarly as stopped:
         if first:
@@ -96,6 +101,23 @@ def train(cli: WlsupCLI) -> int:
     finally:
         os.environ.pop(RUN_DIR) if before is None else os.environ.update({RUN_DIR: before})
     return 0
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Leave out the traceback of TensorBoard's writer thread: it hands its error to whoever logs next, who tells it."""
+    before = threading.excepthook
+
+    def tell(arguments: threading.ExceptHookArgs) -> None:
+        of_writer = type(arguments.thread).__name__ == "_AsyncWriterThread"
+        if not (of_writer and isinstance(arguments.exc_value, OSError)):
+            before(arguments)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _is_of(folder: Path, error: OSError) -> bool:
