@@ -45,14 +45,14 @@ recipes() { (cd experiments && for file in *.yaml; do printf '%s ' "${file%.yaml
 # The folder of a run that has not been given one, the same in every job of its chain.
 run_dir_of() { printf '%s/%s/%s/seed%s/%s' "${RUNS:-runs}" "${APPROACH:-film}" "${PRESET:-mini}" "${SEED:-0}" "$1"; }
 
-# Turn "H:MM", "H:MM:SS", "D-HH:MM:SS" or minutes into seconds.
+# Turn "H:MM", "H:MM:SS", "D-HH:MM:SS" or minutes into seconds. $1: the variable that has it.
 seconds_of() {
-    local days=0 text=$1 a b c
+    local days=0 text=${!1} a b c
     case $text in
     *-*) days=${text%%-*} text=${text#*-} ;;
     esac
     case $text in
-    '' | *[!0-9:]* | *:*:*:*) fail "WALLTIME=$1 is not a time; write H:MM, such as 2:00." ;;
+    '' | *[!0-9:]* | *:*:*:*) fail "$1=${!1} is not a time; write H:MM, such as 2:00." ;;
     esac
     IFS=: read -r a b c <<<"$text"
     if [ -z "$b" ]; then
@@ -74,16 +74,20 @@ stopped() { [ -f "$RUN_DIR/checkpoints/stopped" ]; }
 run_trapped() {
     local status
     "$@" &
-    CHILD=$! CODE=0
+    CHILD=$! CODE=
     while :; do
         SIGNALLED=
         status=0
         wait "$CHILD" || status=$?
-        [ "$status" = 127 ] || CODE=$status
+        # 127: there is no such child any more; the first time, no such command
+        [ "$status" = 127 ] && [ -n "$CODE" ] || CODE=$status
         [ -n "$SIGNALLED" ] || break # else the wait was broken off, not the child
     done
     CHILD=
 }
+
+# Whether the run has ended: then its results are there, whatever code the launcher gave.
+finished() { [ "$CODE" = 0 ] && [ -f "$RUN_DIR/results.json" ]; }
 
 # Count jobs in a row that made no step in RUN_DIR/.idle; fail at the second. $1: the mark from before the job.
 made_a_step() {

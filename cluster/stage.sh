@@ -20,7 +20,7 @@ if [ "${1:-}" = --remove ]; then
     exit 0
 fi
 source=${1:?give the folder of shards} copy=${2:?give where to copy it}
-source=$(cd "$source" && pwd -P)
+source=$(cd "$source" 2>/dev/null && pwd -P) || shared "there is no folder $1 to copy"
 parent=$(dirname "$copy")
 if ! [ -d "$parent" ] || ! [ -w "$parent" ]; then
     shared "there is no disk of the node's own at $parent (alloc_flags nvme; NVME=DIR)"
@@ -33,15 +33,16 @@ needed=$(du -sLk "$source" | cut -f1)
 free=$(df -Pk "$parent" | awk 'NR == 2 {print $4}')
 [ "$needed" -lt "$free" ] || shared "$parent has $free KiB free, and the shards need $needed"
 
-mkdir -p "$copy"
 making=$copy began=$SECONDS
+mkdir -p "$copy" || shared "$copy cannot be made"
 for file in "$source"/*; do
     [ -f "$file" ] || continue
     part=$copy/.part name=$(basename "$file")
     # one pass over the shared file system gives the copy and its sum; the copy is then read back
     sum=$(tee "$part" <"$file" | sha256sum) || shared "$file could not be copied to $copy"
     [ "$sum" = "$(sha256sum <"$part")" ] || shared "the copy of $file in $copy differs from what was read"
-    mv "$part" "$copy/$name"
+    mv "$part" "$copy/$name" || shared "$copy/$name cannot be written"
 done
-printf '%s\n' "$source" >"$copy/.part" && mv "$copy/.part" "$copy/.wlsup-staged"
+{ printf '%s\n' "$source" >"$copy/.part" && mv "$copy/.part" "$copy/.wlsup-staged"; } ||
+    shared "$copy cannot be written"
 say "staged $source in $copy, $needed KiB in $((SECONDS - began)) s"

@@ -34,6 +34,7 @@ from wlsup.approaches import approach_class
 from wlsup.batch import EvalSet
 from wlsup.callbacks.checkpoints import STOPPED
 from wlsup.cli.configuration import configure, load_run
+from wlsup.data.mini_evalsets import mini_eval_set
 from wlsup.errors import WlsupError
 from wlsup.evaluation.features import Features
 from wlsup.evaluation.scorers import KnnScorer
@@ -46,6 +47,8 @@ ROOT = HERE.parent
 SHARED = ROOT.parent / "shared" / "data"
 MINI = ROOT / "wlsup" / "assets" / "mini"
 FOLDS = 5
+MORE_TEST_PICTURES = 2000
+"""Of each painted mini set: with 500 a change of half a point could not be told from none."""
 QUIET = (
     "--data.eval_sets", "[]", "--trainer.limit_val_batches", "0", "--trainer.logger", "false",
     "--reconstructions.pictures", "0", "--captioning.pictures", "0", "--evaluation.metrics", "[]",
@@ -87,6 +90,7 @@ class World:
         sets: as ``data.eval_sets``, to score on.
         captioned: names of sets of which some bank pictures are trained on.
         identity: SHA-256 of the files of the encoder, the text encoder and the captions, those that there are.
+        more_test_pictures: of each painted mini set, beyond its 500.
     """
 
     name: str
@@ -95,6 +99,7 @@ class World:
     sets: tuple[Any, ...]
     captioned: tuple[str, ...] = ()
     identity: tuple[str, ...] = ()
+    more_test_pictures: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,8 +163,8 @@ def fit(run: Run) -> None:
     """Train one run, unless it is there and of the same making; go on with one that was broken off.
 
     Raises:
-        Failed: it ended with an error.
-        WlsupError: it was stopped or killed.
+        Failed: it diverged.
+        WlsupError: it was stopped or killed, or could not be made; that says nothing of the candidate.
     """
     folder, note = run.folder, run.folder / "key.txt"
     if folder.exists() and not (note.is_file() and note.read_text() == run.key):
@@ -170,13 +175,18 @@ def fit(run: Run) -> None:
     (folder / "results.json").unlink(missing_ok=True)
     write_text(note, run.key)
     command = [sys.executable, "-m", "wlsup", "fit", *run.arguments, "--run_dir", str(folder), "--resume", "auto"]
-    with (folder / "output.log").open("w") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
-    if code == STOPPED or code < 0:
-        raise WlsupError(f"{run.name} was stopped (exit code {code}); the same call goes on with it.")
-    if code or not (folder / "results.json").is_file():
-        last = (folder / "output.log").read_text(errors="replace").strip().splitlines()[-1:]
-        raise Failed(f"seed {run.seed}, exit code {code}: {' '.join(last)}")
+    for _ in range(2):  # once more if something killed it, such as the OOM killer
+        with (folder / "output.log").open("w") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+        if code >= 0:
+            break
+    if code == 0 and (folder / "results.json").is_file():
+        return
+    last = " ".join((folder / "output.log").read_text(errors="replace").strip().splitlines()[-1:])
+    if code == 2 and "not finite" in last:  # it diverged: that is the candidate's doing
+        raise Failed(f"seed {run.seed}: {last}")
+    told = "was stopped" if code in (STOPPED, 143) or code < 0 else "did not end well"
+    raise WlsupError(f"{run.name} {told} (exit code {code}: {last}); the same call goes on with it.")
 
 
 def folds(labels: Tensor, keys: Sequence[str]) -> Tensor:
@@ -303,13 +313,18 @@ def scored(run: Run, alphas: Sequence[float], part: str) -> Scores:
 
 
 def _eval_sets(module: Any, data: Any, world: World) -> list[EvalSet]:
+    if world.more_test_pictures:  # of the mini world
+        painted = [name for name in world.sets if name != "mini_digits"]
+        more = dict.fromkeys(painted, world.more_test_pictures)
+        return [mini_eval_set(name, module.image_spec, more.get(name, 0)) for name in world.sets]
     data.image_spec, data.eval_sets = module.image_spec, list(world.sets)
     return data.eval_datasets()
 
 
 def _told(world: World, part: str) -> dict[str, Any]:
     sets, protocol = [repr(one) for one in world.sets], KnnScorer().protocol
-    return {"part": part, "sets": sets, "captioned": list(world.captioned), "folds": FOLDS, "protocol": protocol}
+    more = {"more_test_pictures": world.more_test_pictures} if part == "test" else {}
+    return more | {"part": part, "sets": sets, "captioned": list(world.captioned), "folds": FOLDS, "protocol": protocol}
 
 
 def _kept(path: Path, told: Mapping[str, Any]) -> Scores | None:
@@ -331,7 +346,7 @@ def outcome(run: Run, alphas: Sequence[float], part: str) -> Scores | str:
     """Train and score one run; return its scores, or why it failed.
 
     Raises:
-        WlsupError: it was stopped or killed.
+        WlsupError: it was stopped or killed, or could not be made.
     """
     try:
         fit(run)
@@ -350,17 +365,27 @@ def in_workers(runs: Sequence[Run], alphas: Sequence[float], part: str, workers:
     at_zero(runs[0].world, part)  # before the workers, who share it
     os.environ["OMP_NUM_THREADS"] = "1"
     found: list[Scores | str] = []
+    broken: list[str] = []
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for run, reason in zip(runs, pool.map(partial(_reason, alphas=alphas, part=part), runs), strict=True):
-            found.append(reason or scored(run, alphas, part))
-            told = f"failed: {reason}" if reason else "done"
-            print(f"{run.name}: {told} ({len(found)} of {len(runs)})", flush=True)
+        for number, (run, (reason, fault)) in enumerate(
+            zip(runs, pool.map(partial(_reason, alphas=alphas, part=part), runs), strict=True), start=1
+        ):
+            broken += [fault] if fault else []
+            found.append(fault or reason or scored(run, alphas, part))
+            told = fault or (f"failed: {reason}" if reason else "done")
+            print(f"{run.name}: {told} ({number} of {len(runs)})", flush=True)
+    if broken:  # told when the others are done
+        raise WlsupError(" ".join(broken))
     return found
 
 
-def _reason(run: Run, alphas: Sequence[float], part: str) -> str | None:
-    found = outcome(run, alphas, part)
-    return found if isinstance(found, str) else None  # what was scored is in its file
+def _reason(run: Run, alphas: Sequence[float], part: str) -> tuple[str | None, str | None]:
+    """Return why the candidate failed, and what else went wrong; of neither the scores are in their file."""
+    try:
+        found = outcome(run, alphas, part)
+    except WlsupError as error:
+        return None, str(error)
+    return found if isinstance(found, str) else None, None
 
 
 def real_captions(folder: Path) -> list[str]:
@@ -415,7 +440,8 @@ def make_world(name: str, folder: Path, encoder: str | None = None, text: str | 
     """
     if name == "mini":
         sets = ("mini_shapes", "mini_digits", "mini_landcover", "mini_textures")
-        return World(name, folder, (), sets, (), tuple(files_sha256(MINI / part) for part in ("vision", "text")))
+        identity = tuple(files_sha256(MINI / part) for part in ("vision", "text"))
+        return World(name, folder, (), sets, (), identity, MORE_TEST_PICTURES)
     if not encoder or not text:
         raise WlsupError("--world real needs --encoder (experiments/pretrain_real.yaml makes it) and --text.")
     weights = [Path(encoder).absolute(), Path(text).absolute()]  # `wlsup fit` runs elsewhere

@@ -11,7 +11,7 @@ NOT_BLIND = {
     "mini test sets.",
     "real": "Not blind: the encoder's mean pooling was chosen on test figures of CIFAR-10 and DTD, FiLM's figures on "
     "both test sets are published (README), and the candidates were chosen knowing them and those of the mini world. "
-    "Four fifths of dtd10's bank pictures were trained on, with descriptions that name their texture.",
+    "About two thirds of dtd10's bank pictures were trained on, with descriptions that name their texture.",
 }
 
 
@@ -25,7 +25,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"`{record['command']}`; {len(record['candidates']) + len(record['failed'])} candidates ({record['offered']}), "
         f"seeds {_seeds(record['search_seeds'])} for the choice and {_seeds(record['confirm_seeds'])} for the test.",
         "",
-        f"**{record['answer']}**, for these test pictures and other seeds. Chosen on validation pictures: "
+        f"**{record['answer']}.** Chosen on validation pictures: "
         f"{chosen['candidate']} at alpha {chosen['alpha']:g}.{kept}",
         "",
         "On test pictures, with seeds that no choice has seen; change of k-NN accuracy in points, mean and 95 % "
@@ -57,6 +57,8 @@ def search_lines(record: Mapping[str, Any]) -> list[str]:
         cells = [_pair(row[domain][at]) for at in (place, -1) for domain in ("in", "out")]
         name = f"**{row['name']}**" if row["keeps_margin"] else row["name"]
         lines.append(f"| {name} | {row['seeds']} | {row['alpha']:g} | {' | '.join(cells)} |")
+    if failed := record.get("unconfirmed"):
+        lines += ["", f"Seeds that could not be trained: {'; '.join(failed)}."]
     for name, reason in record["failed"].items():
         lines.append(f"| {name} | failed: {' '.join(reason.split()).replace('|', '/')} | | | | | |")
     return lines

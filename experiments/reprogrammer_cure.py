@@ -123,10 +123,13 @@ def run(arm: str, seed: int, steps: int, batch_size: int, lr: float, every: int)
         approach.train()
         optimizer.zero_grad()
         try:
-            approach.losses(batch)["loss"].backward()
+            loss = approach.losses(batch)["loss"]
         except WlsupError as error:
             failed = str(error)
             break
+        if not torch.isfinite(loss.detach()):
+            continue
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(approach.parameters(), 1.0)
         optimizer.step()
         approach.after_step()

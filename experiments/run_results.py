@@ -269,6 +269,10 @@ def collect(out: Path, preset: str, approaches: list[str], seeds: list[int], fai
     for approach in approaches:
         files = [_folder(out, preset, approach, seed) / "results.json" for seed in seeds]
         found = [_read(file) for file in files if file.is_file()]
+        if len({(one["steps"], one["captions"]["pairs"]) for one in found}) > 1:
+            told = ", ".join(f"seed {one['seed']}: {one['steps']} of {one['captions']['pairs']} pairs" for one in found)
+            failures = failures | {approach: f"its runs differ in steps ({told}); remove those of another recipe"}
+            continue
         rows += [summarise(approach, found)] if found else []
     table = {"preset": preset, "seeds": seeds, "rows": rows, "failures": failures}
     write_json(out / f"{preset}.json", table)

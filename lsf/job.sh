@@ -31,7 +31,9 @@ if [ -n "${SHARDS:-}" ]; then
     "${on_nodes[@]}" cluster/stage.sh "$SHARDS" "$staged"
 fi
 # training stops so long after its start; what has gone by since the job's is SECONDS
-LIMIT=$(($(seconds_of "$WALLTIME") - $(seconds_of "$MARGIN") - SECONDS))
+walltime=$(seconds_of WALLTIME)
+margin=$(seconds_of MARGIN)
+LIMIT=$((walltime - margin - SECONDS))
 [ "$LIMIT" -gt 0 ] ||
     fail "WALLTIME=$WALLTIME leaves nothing of MARGIN=$MARGIN, in which the last step and the checkpoint are written."
 wlsup_options
@@ -50,11 +52,14 @@ run_trapped jsrun -X 1 -n "$NODES" -r1 "-a$GPUS_PER_NODE" "-g$GPUS_PER_NODE" "-c
 
 ! stopped || CODE=75 # whatever the launcher made of it
 unstage
-if [ "$CODE" = 0 ]; then
+if finished; then
     say "the run is finished: $RUN_DIR/results.json"
+elif [ "$CODE" = 0 ]; then
+    fail "the launcher ended without an error, and there is no $RUN_DIR/results.json; look at $RUN_DIR/run.log."
 elif [ -n "$cancelled" ]; then
     say "cancelled; go on with RUN_DIR=$RUN_DIR lsf/chain.sh ${WLSUP_SCRIPT:-lsf/summit.lsf}"
-elif stopped || [ -n "$at_limit" ]; then # at the limit it may be killed while it evaluates
-    lsf/chain.sh --next "$before"
+elif stopped || [ -n "$at_limit" ]; then
+    lsf/chain.sh --next "$before" ||
+        say "the next job could not be submitted; go on with RUN_DIR=$RUN_DIR lsf/chain.sh ${WLSUP_SCRIPT:-lsf/summit.lsf}"
 fi
 exit "$CODE"

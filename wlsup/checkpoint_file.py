@@ -13,9 +13,11 @@ import torch
 from wlsup.errors import WlsupError
 from wlsup.files import written_whole
 
-__all__ = ["LAST", "PREVIOUS", "newest_checkpoint", "read_checkpoint", "save_checkpoint_file"]
+__all__ = ["LAST", "PASSED_OVER", "PREVIOUS", "newest_checkpoint", "read_checkpoint", "save_checkpoint_file"]
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+PASSED_OVER = "last.ckpt.passed_over"
+"""What a last.ckpt becomes when its run has gone on from the one before it."""
 
 
 def save_checkpoint_file(checkpoint: dict[str, Any], path: Path) -> None:

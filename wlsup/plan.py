@@ -15,7 +15,7 @@ from torch import nn
 
 from wlsup.errors import WlsupError
 
-__all__ = ["Freeze", "PlannedParameter", "Rule", "Train", "TrainPlan", "plan_markdown"]
+__all__ = ["Freeze", "PlannedParameter", "Rule", "Train", "TrainIf", "TrainPlan", "plan_markdown"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Rule:
 def Train(pattern: str, lr: float, weight_decay: float = 0.0, *, optional: bool = False) -> Rule:  # noqa: N802
     """Return a rule that trains every parameter matching ``pattern``."""
     return Rule(pattern, lr=lr, weight_decay=weight_decay, optional=optional)
+
+
+def TrainIf(used: object, pattern: str, lr: float, weight_decay: float = 0.0) -> Rule:  # noqa: N802
+    """Return a rule that trains what is ``used``, and freezes it if no loss reaches it."""
+    return Rule(pattern, lr=lr if used else None, weight_decay=weight_decay)
 
 
 def Freeze(pattern: str, *, optional: bool = False) -> Rule:  # noqa: N802

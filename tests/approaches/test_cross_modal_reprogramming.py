@@ -1,6 +1,7 @@
 """What cross-modal reprogramming promises beside the contract: a frozen vision network reads, in either space."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -118,12 +119,49 @@ def test_the_random_network_gets_the_same_captions_and_the_same_start(monkeypatc
         seen.extend(loss(step).item() for step in range(trainer.global_step))
 
     monkeypatch.setattr("wlsup.approaches.cross_modal_reprogramming.train_alike", record)
-    approach._trainer = SimpleNamespace(global_step=2)
+    approach._trainer = SimpleNamespace(global_step=2, accumulate_grad_batches=1)
     with torch.inference_mode():
         rows = approach.eval().measure(data)["rows"]
     assert [row["what"] for row in rows] == ["this program, input space", "the same program, a random network"]
     assert len(seen) == 2
     assert seen[0] != seen[1]
+
+
+def test_where_steps_are_of_several_micro_batches_so_are_those_of_the_random_network(monkeypatch):
+    approach, data = prepared()
+    approach.train()
+    for captions in (CAPTIONS[:2], CAPTIONS[2:4], CAPTIONS[:3], CAPTIONS[3:]):
+        approach.losses(batch(captions))
+    seen = []
+
+    def record(parts, plan, optimizer, trainer, loss):
+        monkeypatch.setattr(approach, "_losses", lambda net, captions: {"loss": seen.append(captions)})
+        for step in range(trainer.global_step):
+            loss(step)
+
+    monkeypatch.setattr("wlsup.approaches.cross_modal_reprogramming.train_alike", record)
+    approach._trainer = SimpleNamespace(global_step=2, accumulate_grad_batches=2)
+    with torch.inference_mode():
+        approach.eval().measure(data)
+    assert seen == [CAPTIONS[:4], CAPTIONS]
+
+
+def hear(rank, world, folder):
+    """Each of two processes has trained on captions of its own."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+    approach, _ = prepared()
+    for epoch in range(2):
+        approach._seen += [[f"{epoch} {step} of {rank}"] for step in range(2)]
+        approach.on_train_epoch_end()
+    expected = [[f"{epoch} {step} of {rank}" for rank in range(world)] for epoch in range(2) for step in range(2)]
+    assert approach._seen == expected
+    (Path(folder) / f"{rank}.done").touch()
+
+
+@pytest.mark.multiprocess
+def test_the_random_network_gets_the_captions_of_all_processes(tmp_path, in_processes):
+    in_processes(hear, 2, tmp_path, 120)
+    assert len(list(tmp_path.glob("*.done"))) == 2
 
 
 def test_a_checkpoint_brings_head_label_map_and_statistics_back():

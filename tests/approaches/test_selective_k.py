@@ -6,6 +6,7 @@ import torch
 from wlsup.approaches import approach_class
 from wlsup.batch import CaptionBatch
 from wlsup.errors import WlsupError
+from wlsup.objectives.regularizers import RegularizerSpec
 
 SelectiveK, Full = approach_class("selective_k"), approach_class("full")
 PREFIX = "mae.encoder.backbone."
@@ -87,6 +88,21 @@ def test_the_choice_is_in_the_checkpoint_and_comes_back_without_batches():
     assert trained(fresh) == trained(approach)
     with pytest.raises(WlsupError, match="k = 3"):
         SelectiveK(k=3, criterion="fisher").on_load_checkpoint(checkpoint)
+
+
+def test_another_choice_of_the_checkpoint_is_what_l2sp_holds():
+    approach = SelectiveK(k=2, criterion="explicit", groups=["norm", "blocks.5"], regularizer=RegularizerSpec(l2sp=0.1))
+    approach.setup("fit")
+    assert set(approach.regularizer._held) == {n for n in trained(approach) if n.startswith("mae.encoder")}
+    approach.criterion = "fisher"  # as if chosen by batches, and otherwise than in the run that is resumed
+    checkpoint = {"state_dict": dict(approach.state_dict())}
+    approach.on_save_checkpoint(checkpoint)
+    checkpoint["wlsup"]["selection"]["chosen"] = ["norm", "blocks.0"]
+    checkpoint["state_dict"] = {}
+    with pytest.raises(WlsupError, match="tensors differ"):  # of this made-up checkpoint, after the choice
+        approach.on_load_checkpoint(checkpoint)
+    held = set(approach.regularizer._held)
+    assert any("blocks.0." in name for name in held) and not any("blocks.5." in name for name in held)
 
 
 def test_the_scores_are_reported():

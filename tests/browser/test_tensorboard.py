@@ -6,6 +6,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from wlsup.callbacks.dashboard import dashboard_layout, log_hyperparameters
 from wlsup.callbacks.knn import KNN
 from wlsup.callbacks.retrieval import Retrieval
 from wlsup.callbacks.run_folder import FIRST_HYPERPARAMETERS
+from wlsup.cli import main
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 SETS = {"mini_shapes": "in", "mini_digits": "out"}
@@ -56,28 +58,20 @@ def logs(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def address(logs):
+@contextmanager
+def serving(folder, run):
+    """TensorBoard over a folder, once it has read ``run``; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        str(logs),
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
-    ]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port),
+               "--host", "127.0.0.1"]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
             try:
-                if b"lora" in urllib.request.urlopen(f"{address}/data/runs", timeout=20).read():
+                if run in urllib.request.urlopen(f"{address}/data/runs", timeout=20).read().decode():
                     break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 pass
@@ -86,6 +80,12 @@ def address(logs):
     finally:
         server.terminate()
         server.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def address(logs):
+    with serving(logs, "lora") as address:
+        yield address
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def page(browser):
     page.close()
 
 
-def test_custom_scalars_show_the_groups_and_draw_every_line(page, address):
+def test_custom_scalars_show_the_groups_of_both_runs(page, address):
     page.goto(f"{address}/#custom_scalars")
     for group in ("in domain", "out of domain", "losses", "held-out retrieval", "the run itself"):
         page.get_by_text(group, exact=True).first.wait_for()
@@ -117,3 +117,38 @@ def test_hparams_compare_approaches_and_seeds_unasked(page, address):
         page.locator("tf-hparams-table-view").get_by_text(cell, exact=True).first.wait_for()
     page.locator("tf-hparams-table-view").get_by_text("summary/in_domain_delta").first.wait_for()
     assert [text for text in page.said if "Error:" in text] == []
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, few_mini_pictures):
+    """A real run with everything on that has charts of its own: routing, captions, WiSE-FT, spectra."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = ["--data.pairs", "64", "--data.validation_pairs", "32", "--data.batch_size", "16"]
+    options += ["--data.eval_sets", "[mini_shapes, mini_digits]", "--trainer.max_epochs", "2"]
+    options += ["--trainer.log_every_n_steps", "1", "--captioning.pictures", "8", "--wise_ft.enabled", "true"]
+    options += ["--spectra.enabled", "true", "--spectra.every_n_epochs", "1", "--spectra.randomize", "false"]
+    options += ["--spectra.layers", "blocks.0.mlp.*"]
+    recipes = ["-c", "experiments/base.yaml", "-c", "experiments/magma_moe.yaml"]
+    assert main(["fit", *recipes, *options, "--run_dir", str(folder / "moe")]) == 0
+    return folder
+
+
+def test_of_a_real_run_every_chart_of_every_group_has_its_lines(page, trained):
+    with serving(trained, "moe") as address:
+        page.goto(f"{address}/#custom_scalars")
+        for group in ("in domain", "out of domain", "losses", "captions", "routing", "WiSE-FT", "spectra"):
+            page.get_by_text(group, exact=True).first.wait_for()
+        for heading in page.locator("tf-category-paginated-view button.heading, button.heading").all():
+            print(heading.inner_text())
+        page.wait_for_timeout(5000)
+        cards = page.locator("tf-custom-scalar-multi-line-chart-card, tf-custom-scalar-margin-chart-card")
+        drawn = {}
+        for card in cards.all():
+            lines = card.locator("vz-line-chart2 path.line").evaluate_all(
+                "paths => paths.filter(path => (path.getAttribute('d') || '').includes('L')).length"
+            )
+            drawn[card.inner_text().splitlines()[0]] = lines
+        print(drawn)
+    without = {title for title, lines in drawn.items() if not lines}
+    assert without == {"scores at the end", "skipped steps, loss spikes (none: no line)"}
+    assert [text for text in page.said if "not in the domain" in text or "TypeError" in text] == []

@@ -4,11 +4,14 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import wlsup.callbacks.checkpoints as module
 from wlsup.callbacks.checkpoints import STOPPED_FILE, CheckpointFiles, Checkpoints, StoppedEarly, parse_time_limit
@@ -33,6 +36,8 @@ class Rows:
 
 
 class Model(lightning.LightningModule):
+    """Does something in the step ``at``, or, where that is "end", when it is trained."""
+
     def __init__(self, at=None, do=None):
         super().__init__()
         torch.manual_seed(0)
@@ -110,6 +115,69 @@ def test_a_second_signal_changes_nothing(tmp_path):
     with pytest.raises(StoppedEarly) as stopped:
         fit(tmp_path, Model(1, twice))
     assert read_checkpoint(stopped.value.path)["global_step"] == 2
+
+
+class Evaluating(lightning.pytorch.callbacks.Callback):
+    """Evaluates when all is trained, and is told to stop while it does."""
+
+    def __init__(self, number=None):
+        self.number, self.evaluated = number, False
+
+    def on_train_end(self, trainer, pl_module):
+        if self.number is not None:
+            os.kill(os.getpid(), self.number)
+        self.evaluated = True
+
+
+def test_a_signal_while_it_evaluates_ends_it_at_once_and_the_resumed_run_evaluates(tmp_path):
+    def evaluate(number, resume=None):
+        trainer, callback = trainer_of(tmp_path, 2), Evaluating(number)
+        trainer.callbacks.insert(0, callback)
+        with pytest.raises(StoppedEarly) if number else nullcontext():
+            trainer.fit(Model(), rows(), ckpt_path=resume)
+        return callback.evaluated
+
+    told, last = tmp_path / "checkpoints" / STOPPED_FILE, str(tmp_path / "checkpoints" / "last.ckpt")
+    assert not evaluate(signal.SIGUSR2)
+    assert told.read_text() == "step 12: told to while it was evaluating\n"
+    assert not evaluate(signal.SIGTERM, last)  # nothing to train, and told again
+    assert told.exists() and read_checkpoint(Path(last))["global_step"] == 12
+    assert evaluate(None, last)
+    assert not told.exists()
+
+
+def test_a_signal_that_lightning_heard_before_the_first_step_is_heeded_after_it(tmp_path):
+    class Early(lightning.pytorch.callbacks.Callback):
+        def on_train_start(self, trainer, pl_module):  # before that of the checkpoints, which are last
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = trainer_of(tmp_path, 2)
+    trainer.callbacks.insert(0, Early())
+    with pytest.raises((StoppedEarly, SIGTERMException)):
+        trainer.fit(Model(), rows())
+    assert (tmp_path / "checkpoints" / STOPPED_FILE).read_text() == "step 1: SIGTERM\n"
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 1
+
+
+def test_ranks_that_read_different_checkpoints_do_not_train(tmp_path):
+    strategy = SimpleNamespace(broadcast=lambda value: (8, 1), reduce_boolean_decision=lambda one, all: one)
+    loop = SimpleNamespace(_combined_loader_states_to_load=[], _combined_loader=None)
+    trainer = SimpleNamespace(fit_loop=loop, world_size=2, strategy=strategy, global_step=4, current_epoch=0,
+                              default_root_dir=tmp_path)  # fmt: skip
+    with pytest.raises(WlsupError, match="this one from 4, the first from 8"):
+        Checkpoints().on_train_start(trainer, None)
+
+
+def test_the_one_before_goes_on_being_whole_when_a_run_has_gone_on_from_it(tmp_path):
+    fit(tmp_path, Model())
+    folder = tmp_path / "checkpoints"
+    (folder / "last.ckpt").write_bytes(b"torn")
+    cut = Model(BATCHES, signalled(signal.SIGTERM))
+    with pytest.raises(StoppedEarly):
+        fit(tmp_path, cut, resume=str(folder / "previous.ckpt"))
+    assert (folder / "last.ckpt.passed_over").read_bytes() == b"torn"
+    assert read_checkpoint(folder / "last.ckpt")["global_step"] == BATCHES + 1
+    assert read_checkpoint(folder / "previous.ckpt")["global_step"] == BATCHES
 
 
 @pytest.mark.parametrize("end", ["stopped", "finished"])
@@ -198,13 +266,12 @@ class Full(lightning.pytorch.loggers.CSVLogger):
             raise OSError(28, "No space left on device")
 
 
-def test_a_logger_that_cannot_write_is_told_as_the_checkpoint_is(tmp_path, monkeypatch, caplog):
+def test_a_logger_that_cannot_write_is_told_and_the_checkpoint_is_written(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     trainer = trainer_of(tmp_path, epochs=2, logger=Full(tmp_path))
-    with pytest.raises(WlsupError, match="No space left"):  # the last one must be saved
-        trainer.fit(Model(), rows())
-    assert "checkpoint of step 6 cannot be written" in caplog.text
-    assert trainer.global_step == 2 * BATCHES
+    trainer.fit(Model(), rows())
+    assert "What was logged until step 12 cannot be written: [Errno 28] No space left on device" in caplog.text
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2 * BATCHES
 
 
 def rank_whose_disk_is_full(rank, world, folder):

@@ -1,13 +1,18 @@
 """k-NN leaves the module as it found it, and says what it compares."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from wlsup.approaches import approach_class
 from wlsup.batch import EvalSet
 from wlsup.callbacks.knn import KNN, domain_intervals, domain_means, evaluate_knn
+from wlsup.data.datamodule import CaptionDataModule
 from wlsup.errors import WlsupError
+from wlsup.models.vision import VisionSpec, build_vision
 
 
 class Encoder(nn.Module):
@@ -68,3 +73,15 @@ def test_a_listener_is_given_the_features_that_k_nn_was_scored_on(eval_set):
     ((told_set, bank, queries, told_result, when),) = heard
     assert (told_set, told_result, when) == (eval_set, result, "pretrained")
     assert (len(bank), len(queries)) == (40, 30)
+
+
+@pytest.mark.usefixtures("few_mini_pictures")
+def test_pretrained_is_the_encoder_where_an_approach_does_not_begin_as_it():
+    lst = approach_class("lst")(form="replace")
+    data = CaptionDataModule(eval_sets=["mini_shapes"])
+    data.image_spec = lst.image_spec
+    trainer = SimpleNamespace(datamodule=data, ckpt_path=None, loggers=[], global_step=0, is_global_zero=True)
+    callback = KNN()
+    callback.on_fit_start(trainer, lst)
+    (expected,) = (evaluate_knn(build_vision(VisionSpec()), one).top1 for one in data.eval_datasets())
+    assert callback.baseline() == {"mini_shapes": expected}

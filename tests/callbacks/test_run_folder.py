@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from wlsup.callbacks.run_folder import RunFolder
 
@@ -20,10 +23,11 @@ class Measuring(torch.nn.Module):
 def test_the_approach_is_measured_when_trained_in_eval_mode_on_the_first_rank_only(tmp_path):
     for rank_zero in (True, False):
         folder, module = RunFolder(tmp_path, "", {}, {}), Measuring().train()
-        folder.on_train_end(SimpleNamespace(is_global_zero=rank_zero, datamodule="data"), module)
+        data = SimpleNamespace(skipped={})
+        folder.on_train_end(SimpleNamespace(is_global_zero=rank_zero, datamodule=data, world_size=1), module)
         assert bool(folder.task) == rank_zero
         assert folder.memory["resident"] > 0
-        assert not rank_zero or module.asked == ("data", False)
+        assert not rank_zero or module.asked == (data, False)
 
 
 def test_peak_memory_is_in_mebibytes():
@@ -33,3 +37,21 @@ def test_peak_memory_is_in_mebibytes():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 240 < float(done.stdout) < 300  # 64 Mi numbers of four bytes: 256 MiB
+
+
+def hear(rank, world, folder):
+    """Each rank has met a picture of its own that cannot be read."""
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+    callback = RunFolder(Path(folder), "", {}, {})
+    data = SimpleNamespace(skipped={f"picture{rank}": "torn"})
+    callback.on_train_epoch_end(SimpleNamespace(world_size=world, datamodule=data), None)
+    resumed = RunFolder(Path(folder), "", {}, {})
+    resumed.load_state_dict(callback.state_dict())
+    assert resumed.skipped == {"picture0": "torn", "picture1": "torn"}
+    Path(folder, f"{rank}.done").touch()
+
+
+@pytest.mark.multiprocess
+def test_pictures_that_any_process_could_not_read_are_told_also_by_a_resumed_run(tmp_path, in_processes):
+    in_processes(hear, 2, tmp_path, 120)
+    assert len(list(tmp_path.glob("*.done"))) == 2

@@ -87,6 +87,9 @@ def test_experts_cost_memory_and_only_spread_ones_an_all_to_all():
     mixed = plan(Job("magma_moe", language="gpt2", experts=8, mixture="ffn"), Cluster(2, 4))
     spread = plan(Job("magma_moe", language="gpt2", experts=8, mixture="ffn", shard_experts=True), Cluster(2, 4))
     assert mixed["memory_gib"]["weights"] > spread["memory_gib"]["weights"] > dense["memory_gib"]["weights"]
+    for kept in ("gradients", "optimizer"):  # of spread experts each GPU keeps an eighth
+        assert spread["memory_gib"][kept] < mixed["memory_gib"][kept] / 3
+    assert spread["milliseconds"]["all-reduce"] < mixed["milliseconds"]["all-reduce"] / 3
     assert mixed["milliseconds"]["all-to-all"] == 0 < spread["milliseconds"]["all-to-all"]
 
 
@@ -135,6 +138,10 @@ def test_the_command_tells_memory_time_and_what_was_not_measured(capsys):
     [
         (["--nodes", "0"], "at least 1"),
         (["magma", "--experts", "4"], "--experts is of magma_moe's experts; magma has none"),
+        (["--link", "0", "--nodes", "2"], "link and intra, GB/s, must be more than 0"),
+        (["--intra", "-1"], "link and intra"),
+        (["magma_moe", "--k", "0"], "a --k between 1 and them"),
+        (["film", "--experts", "0"], "--experts is of magma_moe's experts; film has none"),
         (["magma", "--shard-experts"], "--shard-experts is of magma_moe's experts"),
         (["--strategy", "fsdp"], "plan magma or magma_moe"),
         (["full", "--language", "gpt2"], "full has no language model"),

@@ -104,6 +104,13 @@ def test_the_command_finds_what_the_callback_found(run, written, tmp_path, capsy
     assert found["along"] == written["along"]  # carried over from the run's own
 
 
+def test_a_look_at_some_layers_leaves_the_runs_file_as_it_is(run, written, capsys):
+    before = {path: path.read_bytes() for path in (run / "spectra.json", *(run / "spectra").glob("*.png"))}
+    assert main(["spectra", str(run), "--layers", "backbone.blocks.0.mlp.fc1", "--no-randomize"]) == 0
+    assert f"{run / 'spectra.json'} was left as it is" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_checkpoints_that_a_run_kept_are_looked_at_along_training(run, tmp_path, capsys):
     copied = tmp_path / "run"
     (copied / "checkpoints").mkdir(parents=True)

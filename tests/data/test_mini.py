@@ -301,3 +301,13 @@ def test_mistakes_are_told():
         mini_captions("train", 0)
     with pytest.raises(WlsupError, match="mini_shapes"):
         mini_eval_set("mini_shape", SPEC)
+
+
+def test_more_test_pictures_come_after_the_500():
+    few, many = (mini_eval_set("mini_textures", SPEC, more) for more in (0, 30))
+    assert (len(many.train), len(many.test)) == (len(few.train), len(few.test) + 30)
+    assert torch.equal(many.test.pictures[: len(few.test)], few.test.pictures)
+    assert torch.equal(many.train.pictures, few.train.pictures)
+    assert many.test.labels[-30:].bincount().tolist() == [3] * 10
+    with pytest.raises(WlsupError, match="no more than 500"):
+        mini_eval_set("mini_digits", SPEC, 30)

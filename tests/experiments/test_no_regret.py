@@ -214,7 +214,9 @@ class TestAnswer:
     @pytest.mark.parametrize(
         ("inside", "outside", "answer"),
         [
-            ([-0.004, 0.01], [0.001, 0.02], "Yes"),
+            ([-0.004, 0.01], [0.004, 0.02], "Yes"),
+            ([-0.004, 0.01], [0.0005, 0.02], "Yes on these pictures only"),
+            ([-0.0045, 0.01], [0.004, 0.02], "Yes on these pictures only"),
             ([-0.02, -0.006], [0.001, 0.02], "No"),
             ([-0.004, 0.01], [-0.02, 0.0], "No"),
             ([-0.006, 0.01], [0.001, 0.02], "Not shown"),
@@ -222,7 +224,10 @@ class TestAnswer:
         ],
     )
     def test_yes_no_and_not_shown(self, study, inside, outside, answer):
-        assert study.verdict({"in": {"ci95": inside}, "out": {"ci95": outside}}) == answer
+        def told(limits):  # over pictures too the interval is wider by a fifth of a point in all
+            return {"ci95": limits, "crossed_ci95": [limits[0] - 0.001, limits[1] + 0.001]}
+
+        assert study.verdict({"in": told(inside), "out": told(outside)}) == answer
 
 
 class TestDesign:
@@ -310,7 +315,7 @@ def fake(study, runs, monkeypatch, tmp_path):
         folder = runs.Path(command[command.index("--run_dir") + 1])
         fake.fitted.append(f"{folder.parent.name}/{folder.name}")
         if code := fake.codes.get(fake.fitted[-1]):
-            stdout.write("step 3\nerror: the weights no longer give finite | numbers\n")
+            stdout.write("step 3\nerror: a loss that is not finite | numbers\n")
             return SimpleNamespace(returncode=code)
         (folder / "checkpoints").mkdir(exist_ok=True)
         (folder / "checkpoints" / "last.ckpt").write_text(fake.fitted[-1])
@@ -331,6 +336,7 @@ def fake(study, runs, monkeypatch, tmp_path):
         return Encoder(1 + torch.randn(12, generator=generator)), data()
 
     monkeypatch.setattr(runs.subprocess, "run", fit)
+    monkeypatch.setattr(runs, "MORE_TEST_PICTURES", 0)
     monkeypatch.setattr(runs, "load_run", load_run)
     monkeypatch.setattr(runs, "pretrained", lambda world: (Encoder(), data()))
 
@@ -351,7 +357,8 @@ class TestStudy:
         assert sum(name.endswith("seed101") for name in fake.fitted) == 6
         assert choice["candidate"] == record["candidates"][0]["name"] == choice["ranking"][0]
         assert record["chosen"] == choice
-        assert record["answer"] in ("Yes", "No", "Not shown")
+        assert record["answer"] in ("Yes", "Yes on these pictures only", "No", "Not shown")
+        assert json.loads((fake.out / "no_regret_mini_search.json").read_text())["candidates"] == record["candidates"]
         assert len(record["test"]["sets"]["far"]["values"]) == 10
         told = (fake.out / "no_regret_mini.md").read_text()
         assert PROTOCOL in told and "Not blind" in told and f"--out {fake.out}" in told
@@ -387,16 +394,26 @@ class TestStudy:
     def test_a_candidate_that_fails_is_told_and_does_not_end_the_study(self, fake, study):
         fake.codes["mae_cl/seed100"] = 2
         assert fake.main() == 0
-        assert fake.record()["failed"] == {
-            "mae_cl": "seed 100, exit code 2: error: the weights no longer give finite | numbers"
-        }
+        assert fake.record()["failed"] == {"mae_cl": "seed 100: error: a loss that is not finite | numbers"}
         told = (fake.out / "no_regret_mini.md").read_text()
-        assert "| mae_cl | failed: seed 100, exit code 2: error: the weights no longer give finite / numbers |" in told
+        assert "| mae_cl | failed: seed 100: error: a loss that is not finite / numbers |" in told
         assert len(fake.record()["candidates"]) == len(study.CANDIDATES) - 1
         assert f"{len(study.CANDIDATES)} candidates" in told
 
+    def test_a_confirming_seed_that_diverges_is_told_and_the_answer_is_no(self, fake):
+        assert fake.main() == 0
+        chosen = fake.record()["chosen"]["candidate"].replace(", ", "-").replace(" ", "_")
+        for name in ("json", "md"):
+            (fake.out / f"no_regret_mini.{name}").unlink()
+        folder = fake.out / "runs" / "no_regret_mini" / chosen / "seed203"
+        (folder / "results.json").unlink()
+        fake.codes[f"{chosen}/seed203"] = 2
+        assert fake.main() == 0
+        assert fake.record()["answer"] == "No" and len(fake.record()["unconfirmed"]) == 1
+        assert "Seeds that could not be trained: seed 203" in (fake.out / "no_regret_mini.md").read_text()
+
     def test_a_run_that_was_stopped_or_killed_is_no_failed_candidate(self, fake, capsys):
-        for code in (STOPPED, -9):
+        for code in (STOPPED, -9, 143, 1):
             fake.codes["mae_cl/seed100"] = code
             assert fake.main() == 2
             assert "the same call goes on with it" in capsys.readouterr().err

@@ -123,6 +123,16 @@ def test_only_what_is_missing_is_run_and_the_table_grows(script, tmp_path, monke
     assert "**+2.1 [" in (tmp_path / "mini.md").read_text()
 
 
+def test_seeds_of_different_recipes_are_no_row(script, tmp_path):
+    for seed, steps in ((0, 3), (1, 4)):
+        told = results("film", seed, 0.02) | {"steps": steps}
+        write_json(tmp_path / "runs" / "mini" / "film" / f"seed{seed}" / "results.json", told)
+    assert script.collect(tmp_path, "mini", ["film"], [0, 1], {}) == []
+    assert (
+        "its runs differ in steps (seed 0: 3 of 64 pairs, seed 1: 4 of 64 pairs)" in (tmp_path / "mini.md").read_text()
+    )
+
+
 def test_an_unknown_approach_is_refused(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_results", "--approaches", "flim"])
     with pytest.raises(ValueError, match="film"):

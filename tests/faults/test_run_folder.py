@@ -1,15 +1,21 @@
 """Two runs in one folder, a folder that cannot be written or is gone, a torn checkpoint: one sentence, nothing lost."""
 
+import csv
 import errno
+import logging
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from wlsup.approaches.base import Approach
 from wlsup.checkpoint_file import read_checkpoint
 from wlsup.cli import main
+from wlsup.cli.loggers import run_loggers
+from wlsup.cli.logs import log_to_file
 from wlsup.cli.training import _forgotten_unbegun, _held, _is_of
 from wlsup.errors import WlsupError
 
@@ -194,3 +200,78 @@ def test_a_torn_last_checkpoint_is_passed_over_with_a_sentence(finished, tmp_pat
     assert "previous.ckpt" in error
     assert read_checkpoint(last)["global_step"] == 8
     assert (folder / "results.json").read_text()
+
+
+def test_what_killed_saves_left_is_cleared_when_the_run_goes_on(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "results.json").unlink()
+    (folder / "checkpoints" / ".last.ckpt.123.abcd").write_bytes(b"half")
+    assert main(command(folder, "--resume", "auto")) == 0
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+def test_a_configuration_that_is_moved_away_costs_nothing(tmp_path, monkeypatch):
+    step, folder = Approach.training_step, tmp_path / "run"
+
+    def move(self, batch, batch_idx):
+        if self.trainer.global_step == 2:
+            (folder / "config.yaml").replace(folder / "config.bak")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Approach, "training_step", move)
+    assert main(command(folder)) == 0
+    assert (folder / "results.json").is_file() and list(folder.glob("events.out.tfevents.*"))
+
+
+def test_terminated_before_the_first_step_it_says_so_by_its_code(tmp_path, monkeypatch):
+    def fit(*args, **kwargs):
+        raise SIGTERMException
+
+    monkeypatch.setattr("lightning.Trainer.fit", fit)
+    assert main(command(tmp_path / "run")) == 143
+
+
+def test_a_log_that_cannot_be_written_says_nothing(tmp_path, capfd):
+    with log_to_file(tmp_path / "run.log"):
+        (handler,) = [one for one in logging.getLogger("wlsup").handlers if isinstance(one, logging.FileHandler)]
+        handler.stream.close()
+        handler.stream = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
+        logging.getLogger("wlsup").warning("a line")
+    assert "Logging error" not in capfd.readouterr().err
+
+
+def test_no_row_of_the_metrics_is_lost_when_a_column_cannot_be_added(tmp_path, monkeypatch):
+    def refuse(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (_, table) = run_loggers(tmp_path, None)
+    table.log_metrics({"loss": 1.0, "epoch": 0}, 0)
+    table.save()
+    before = (tmp_path / "metrics.csv").read_text()
+    table.log_metrics({"loss": 0.5, "epoch": 0, "new": 2.0}, 1)
+    monkeypatch.setattr("wlsup.cli.loggers.write_text", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        table.save()
+    assert (tmp_path / "metrics.csv").read_text() == before
+    monkeypatch.undo()
+    table.save()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,loss,new,step", "0,1.0,,0", "0,0.5,2.0,1"]
+
+
+def test_no_row_of_the_metrics_is_lost_when_a_resumed_run_is_killed_at_its_start(tmp_path, monkeypatch):
+    (_, table) = run_loggers(tmp_path, None)
+    for step in range(3):
+        table.log_metrics({"loss": 1.0 - step, "epoch": 0}, step)
+    table.save()
+    (_, again) = run_loggers(tmp_path, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.fabric.loggers.csv_logs._ExperimentWriter.save", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            again.log_metrics({"loss": 7.0, "epoch": 0}, 3)
+    (_, once_more) = run_loggers(tmp_path, 3)
+    once_more.log_metrics({"loss": 7.0, "epoch": 0}, 3)
+    once_more.save()
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [1.0, 0.0, -1.0, 7.0]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv"}

@@ -193,6 +193,29 @@ def test_a_chain_ends(plan, jobs, codes, why, lsf):
     assert why in log(lsf)
 
 
+def test_an_end_without_results_is_not_called_finished(lsf):
+    lsf = lsf("vanish", "finish")
+    submit(lsf, "lsf/chain.sh", "lsf/summit.lsf", GPUS_PER_NODE=1)
+    assert lsf.wait() == [2]
+    assert "there is no" in log(lsf) and "the run is finished" not in log(lsf)
+
+
+def test_a_command_that_is_not_there_is_no_success():
+    script = "source cluster/common.sh; SIGNALLED=; run_trapped no-such-command; echo $CODE"
+    done = subprocess.run(["bash", "-uc", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "127\n"
+
+
+def test_a_next_job_that_cannot_be_submitted_is_told_with_the_way_to_go_on(lsf):
+    lsf = lsf("hang", "finish", minute=0.8, grace=30)
+    submit(lsf, "lsf/chain.sh", "lsf/summit.lsf", "-W", "0:15", GPUS_PER_NODE=1)
+    (lsf.folder / "bin" / "bsub").unlink()
+    (lsf.folder / "bin" / "bsub").write_text("#!/bin/sh\necho 'User cannot submit: job limit reached' >&2; exit 255\n")
+    (lsf.folder / "bin" / "bsub").chmod(0o755)
+    assert lsf.wait() == [75], log(lsf)
+    assert f"could not be submitted; go on with RUN_DIR={lsf.run_dir} lsf/chain.sh lsf/summit.lsf" in log(lsf)
+
+
 def test_a_rank_that_dies_ends_the_others_and_the_chain(lsf):
     lsf = lsf("lose", "finish")
     submit(lsf, "lsf/chain.sh", "lsf/summit.lsf", GPUS_PER_NODE=2)

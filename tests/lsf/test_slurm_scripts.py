@@ -61,6 +61,13 @@ def test_requeueing_ends(plan, jobs, starts, code, why, slurm):
     assert why in log(slurm)
 
 
+def test_an_end_without_results_is_not_called_finished(slurm):
+    slurm = slurm("vanish", "finish")
+    submit(slurm, "--ntasks-per-node=1")
+    assert slurm.wait() == [2]
+    assert "there is no" in log(slurm) and "the run is finished" not in log(slurm)
+
+
 def test_a_rank_that_dies_ends_the_others_and_is_not_requeued(slurm):
     slurm = slurm("lose", "finish")
     started = time.monotonic()

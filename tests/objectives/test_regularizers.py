@@ -115,6 +115,14 @@ def test_replay_without_pictures_is_refused():
         approach.training_losses(batch)
 
 
+def test_of_an_untouched_encoder_replay_is_0_with_cached_features_too():
+    approach, _, _ = trained("lit", steps=1, replay=0.1)
+    batch = pairs()
+    batch.replay = None  # the cache brings none
+    losses = approach.training_losses(batch)
+    assert losses["replay"] == 0.0 and torch.isfinite(losses["loss"])
+
+
 @pytest.mark.parametrize("wrong", [{"distill": -1.0}, {"l2sp": float("nan")}, {"ema": 1.0}, {"ema": -0.1}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(WlsupError, match="regularizer"):

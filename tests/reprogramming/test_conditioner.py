@@ -104,16 +104,11 @@ def test_the_encoder_is_the_pretrained_one_at_step_0_and_never_sees_its_caption(
         assert not torch.equal(approach.encoder(first.images, changed).pooled, approach.encoder(first.images).pooled)
 
 
-def test_a_loss_that_is_not_finite_touches_no_parameter():
+def test_losses_that_are_not_finite_are_counted_left_to_the_guards_and_end_the_run_when_there_is_nothing_else():
     guard, weight = FiniteGuard(3), torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
     for factor in (1.0, float("nan"), float("inf")):
-        optimizer.zero_grad()
-        before = weight.detach().clone()
-        losses = guard({"loss": (weight * factor).sum(), "part": torch.tensor(factor)})
-        losses["loss"].backward()
-        optimizer.step()
-        assert torch.equal(weight, before) == (factor != 1.0)
+        losses = {"loss": (weight * factor).sum(), "part": torch.tensor(factor)}
+        assert guard(losses) is losses  # with its graph: all processes skip the step together
     assert guard.skipped == 2
     with pytest.raises(WlsupError, match=r"not finite for 3 batches in a row .*part nan.*Lower model.lr"):
         guard({"loss": weight.sum() * float("nan"), "part": torch.tensor(float("nan"))})

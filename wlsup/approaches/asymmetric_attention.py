@@ -18,7 +18,7 @@ from wlsup.objectives.matching import MatchingSpec, matching_loss
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 
 __all__ = ["AsymmetricAttentionApproach"]
 
@@ -56,7 +56,7 @@ class AsymmetricAttentionApproach(Approach):
         gate_lr: of the gates, single numbers that must come from 0 to order 1 in one run; higher than ``lr``.
         fusion: which reading of the strategy, where its layers go, and how wide they are.
         matching: weight and negatives of the matching loss; only with "asymmetric_text", where null means the defaults.
-        train_decoder: whether MAE's decoder trains; by default only where it has no pretrained weights.
+        train_decoder: whether MAE's decoder trains, where it is used; by default only if it has no pretrained weights.
 
     Raises:
         WlsupError: an option that the chosen reading does not read: matching, or what is done with absent captions.
@@ -99,7 +99,8 @@ class AsymmetricAttentionApproach(Approach):
                     "with asymmetric_text the picture never looks at a caption, so none is ever absent: leave "
                     "fusion.null_tokens out."
                 )
-        self.train_decoder = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        wanted = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        self.train_decoder = wanted and bool(objective.reconstruction_weight)
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -114,7 +115,7 @@ class AsymmetricAttentionApproach(Approach):
             [
                 Train("fusion.*.g", self.gate_lr),
                 Train("fusion.*", self.lr, self.weight_decay),
-                Train("head.*", self.lr, self.weight_decay),
+                TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 *(decoder if self.train_decoder else []),
                 Freeze("mae.*"),
                 Freeze("text.*"),

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar, Literal
 
 import lightning
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from wlsup.approaches.checkpoint import StartingPoint, check_checkpoint, pack_checkpoint
 from wlsup.batch import CaptionBatch, ImageSpec, VisionOutput
+from wlsup.errors import WlsupError
 from wlsup.models.vision import VisionEncoder
 from wlsup.objectives.contrastive import clamp_logit_scales_
 from wlsup.objectives.regularizers import Regularizer, RegularizerSpec, without_adapters
 from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
 from wlsup.plan import TrainPlan
+from wlsup.ranks import alone
 
 __all__ = ["Approach"]
+
+logger = logging.getLogger("wlsup")
 
 
 class Approach(lightning.LightningModule):
@@ -42,6 +48,7 @@ class Approach(lightning.LightningModule):
         super().__init__()
         self.optimizer_spec, self.regularizer = optimizer, Regularizer(regularizer)
         self.start = StartingPoint()
+        self._looked_for_gradients = False
         self.strict_loading = False  # checkpoints hold trained tensors only; check_checkpoint sees that all are there
 
     @property
@@ -97,9 +104,13 @@ class Approach(lightning.LightningModule):
         """Follow the plan before the optimizer is made; remember where training starts."""
         self.plan.apply(self)
         self.train()  # Lightning takes modules in the modes that it finds
+        self.begin_regularizer()
+        self.start.note(self)
+
+    def begin_regularizer(self) -> None:
+        """Have the regulariser remember where what trains by the plan starts."""
         parameters = {planned.name: planned.parameter for planned in self.plan.resolve(self) if planned.rule.trains}
         self.regularizer.begin(self.features, self.pretrained, parameters, self.image_spec.size)
-        self.start.note(self)
 
     def train(self, mode: bool = True) -> Approach:
         """Train mode for what trains only: frozen modules stay in eval mode through every epoch."""
@@ -122,9 +133,33 @@ class Approach(lightning.LightningModule):
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> tuple[Tensor, Tensor] | None:
         """Log the losses of one batch of held-out pairs; return its embeddings, which retrieval collects."""
-        losses = self.losses(batch)
+        with alone():  # each process has all held-out pairs: gathered, each would count once a process
+            losses = self.losses(batch)
         self.log_dict({f"val/{name}": value for name, value in losses.items()}, batch_size=len(batch), sync_dist=True)
         return self.embed(batch)
+
+    def on_after_backward(self) -> None:
+        """See, once, that each tensor that is planned to train is reached by the loss.
+
+        Raises:
+            WlsupError: one is not, and over several processes the others would wait for its gradient.
+        """
+        if self._looked_for_gradients:
+            return
+        self._looked_for_gradients = True
+        without = [one.name for one in self.plan.resolve(self) if one.rule.trains and one.parameter.grad is None]
+        if not without:
+            return
+        said = (
+            f"No loss reached {len(without)} of the tensors that are to train in the first step, such as {without[0]}"
+        )
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise WlsupError(
+                f"{said}; the processes would wait for their gradients. Use --trainer.strategy "
+                "ddp_find_unused_parameters_true, or losses that reach them."
+            )
+        logger.warning("%s.", said)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take a step, and at once, before anything saves the weights, `after_step`."""

@@ -14,7 +14,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 
 __all__ = ["BottleneckApproach"]
 
@@ -37,7 +37,7 @@ class BottleneckApproach(Approach):
         hidden: channels of each bottleneck.
         embedding_width: channels of the condition embedding.
         top: how many of the last blocks get bottlenecks; None: all.
-        train_decoder: whether MAE's decoder trains; by default only where it has no pretrained weights.
+        train_decoder: whether MAE's decoder trains, where it is used; by default only if it has no pretrained weights.
     """
 
     name = "bottleneck"
@@ -73,7 +73,8 @@ class BottleneckApproach(Approach):
             embedding_width=embedding_width,
             top=top,
         ).attach(self.encoder)
-        self.train_decoder = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        wanted = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        self.train_decoder = wanted and bool(objective.reconstruction_weight)
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -87,7 +88,7 @@ class BottleneckApproach(Approach):
         return TrainPlan(
             [
                 Train("adapter.*", self.lr, self.weight_decay),
-                Train("head.*", self.lr, self.weight_decay),
+                TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 *(decoder if self.train_decoder else []),
                 Freeze("mae.*"),
                 Freeze("text.*"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
-from wlsup.ranks import global_sum, mean_over_ranks
+from wlsup.ranks import global_sum, mean_over_ranks, processes
 from wlsup.reprogramming.classifier import FrozenClassifier
 from wlsup.reprogramming.control import train_alike
 from wlsup.reprogramming.cross_modal import (
@@ -142,7 +143,8 @@ class CrossModalReprogramming(Approach):
         self.tokenizer = load_tokenizer(program.tokenizer, min(program.max_length, self.slots))
         self.net = self._around(vision)
         self._initial = {n: p.detach().clone() for n, p in self._trained(self.net).named_parameters()}
-        self._seen: list[list[str]] = []
+        self._seen: list[list[str]] = []  # captions of each micro-batch, of all processes
+        self._gathered = 0
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -299,6 +301,16 @@ class CrossModalReprogramming(Approach):
             answers.append(net(ids)[0].argmax(-1).cpu())
         return torch.cat(answers) == labels[labels >= 0]
 
+    def on_train_epoch_end(self) -> None:
+        """Hear from the other processes which captions they trained on, for the control."""
+        world, _ = processes()
+        if self.compare and world > 1:
+            everyones: list[list[list[str]]] = [[] for _ in range(world)]
+            dist.all_gather_object(everyones, self._seen[self._gathered :])
+            joined = zip(*everyones, strict=True)
+            self._seen[self._gathered :] = [[text for part in parts for text in part] for parts in joined]
+        self._gathered = len(self._seen)
+
     @staticmethod
     def _trained(net: ReprogrammedReader) -> nn.ModuleDict:
         return nn.ModuleDict({"program": net.program, "label_map": net.label_map})
@@ -306,6 +318,9 @@ class CrossModalReprogramming(Approach):
     def _random_network(self, source: Any) -> ReprogrammedReader:
         """Train the same program for a random network, from the same start on the same captions."""
         trainer, cuda = self.trainer, [self.device] if self.device.type == "cuda" else []
+        parts_of_a_step = trainer.accumulate_grad_batches
+        starts = range(0, len(self._seen), parts_of_a_step)
+        steps = [[text for part in self._seen[i : i + parts_of_a_step] for text in part] for i in starts]
         _log.info("training the same program for a random network, %d steps", trainer.global_step)
         with torch.enable_grad(), torch.random.fork_rng(devices=cuda):
             torch.manual_seed(0)
@@ -320,6 +335,6 @@ class CrossModalReprogramming(Approach):
                 self.optimizer_spec,
                 trainer,
                 # A resumed run no longer has the captions from before: it goes round those that it has.
-                lambda step: self._losses(net, self._seen[step % len(self._seen)])["loss"],
+                lambda step: self._losses(net, steps[step % len(steps)])["loss"],
             )
         return net.eval()

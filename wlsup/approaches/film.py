@@ -14,7 +14,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 
 __all__ = ["FilmApproach"]
 
@@ -36,7 +36,7 @@ class FilmApproach(Approach):
         weight_decay: of matrices.
         embedding_width: channels of the condition embedding that every site's generator reads.
         top: how many of the last blocks get the adapter; None: all.
-        train_decoder: whether MAE's decoder trains; by default only where it has no pretrained weights.
+        train_decoder: whether MAE's decoder trains, where it is used; by default only if it has no pretrained weights.
     """
 
     name = "film"
@@ -66,7 +66,8 @@ class FilmApproach(Approach):
         self.adapter = FiLM(
             self.encoder.embed_dim, len(self.encoder.blocks), self.text.width, embedding_width=embedding_width, top=top
         ).attach(self.encoder)
-        self.train_decoder = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        wanted = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        self.train_decoder = wanted and bool(objective.reconstruction_weight)
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -80,7 +81,7 @@ class FilmApproach(Approach):
         return TrainPlan(
             [
                 Train("adapter.*", self.lr, self.weight_decay),
-                Train("head.*", self.lr, self.weight_decay),
+                TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 *(decoder if self.train_decoder else []),
                 Freeze("mae.*"),
                 Freeze("text.*"),

@@ -12,7 +12,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 
 __all__ = ["Full"]
 
@@ -73,7 +73,7 @@ class Full(Approach):
         decoder = Train("mae.decoder.*", self.encoder_lr, self.weight_decay)
         return TrainPlan(
             [
-                Train("head.*", self.lr, self.weight_decay),
+                TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 Freeze("mae.*pos_embed"),
                 Train("mae.encoder.*", self.encoder_lr, self.weight_decay),
                 decoder if self.objective.reconstruction_weight else Freeze("mae.decoder.*"),

@@ -15,7 +15,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 
 __all__ = ["Lora"]
 
@@ -86,7 +86,7 @@ class Lora(Approach):
         return TrainPlan(
             [
                 Train("lora.*", self.lr, self.weight_decay),
-                Train("head.*", self.lr, self.weight_decay),
+                TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 *(decoder if self.train_decoder else []),
                 Freeze("mae.*"),
                 Freeze("text.*"),

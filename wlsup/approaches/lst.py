@@ -16,7 +16,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 
 __all__ = ["LadderSideTuning"]
 
@@ -42,7 +42,7 @@ class LadderSideTuning(Approach):
         embedding_width: channels of the condition embedding.
         form: "residual" (ours) or "replace" (the paper's, which begins without the pretrained features).
         layers: positions of the blocks that the side network reads; None: all.
-        train_decoder: whether MAE's decoder trains; by default only where it has no pretrained weights.
+        train_decoder: whether MAE's decoder trains, where it is used; by default only if it has no pretrained weights.
     """
 
     name = "lst"
@@ -77,7 +77,8 @@ class LadderSideTuning(Approach):
             layers=layers,
         ).attach(self.encoder)
         self.identity_at_start = form == "residual"
-        self.train_decoder = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        wanted = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        self.train_decoder = wanted and bool(objective.reconstruction_weight)
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -91,7 +92,7 @@ class LadderSideTuning(Approach):
         return TrainPlan(
             [
                 Train("adapter.*", self.lr, self.weight_decay),
-                Train("head.*", self.lr, self.weight_decay),
+                TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 *(decoder if self.train_decoder else []),
                 Freeze("mae.*"),
                 Freeze("text.*"),

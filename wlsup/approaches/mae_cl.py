@@ -13,7 +13,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 
 __all__ = ["MaeCL"]
 
@@ -73,10 +73,10 @@ class MaeCL(Approach):
         """Encoder, decoder and heads train; only the text encoder is frozen."""
         return TrainPlan(
             [
-                Train("head.*", self.lr, self.weight_decay),
+                TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 Freeze("mae.*pos_embed"),
                 Train("mae.encoder.*", self.encoder_lr, self.weight_decay),
-                Train("mae.decoder.*", self.encoder_lr, self.weight_decay),
+                TrainIf(self.objective.reconstruction_weight, "mae.decoder.*", self.encoder_lr, self.weight_decay),
                 Freeze("text.*"),
             ]
         )

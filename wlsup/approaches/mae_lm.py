@@ -17,7 +17,7 @@ from wlsup.objectives.captioning import CaptioningSpec, parallel_captioning_loss
 from wlsup.objectives.reconstruction import reconstruction_loss
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 
 __all__ = ["MaeLM"]
 
@@ -97,10 +97,10 @@ class MaeLM(Approach):
         reader = "captioner.*" if self.language is None else "prefix.*"
         return TrainPlan(
             [
-                Train(reader, self.lr, self.weight_decay),
+                TrainIf(self.objective.captioning_weight, reader, self.lr, self.weight_decay),
                 Freeze("mae.*pos_embed"),
                 Train("mae.encoder.*", self.encoder_lr, self.weight_decay),
-                Train("mae.decoder.*", self.encoder_lr, self.weight_decay),
+                TrainIf(self.objective.reconstruction_weight, "mae.decoder.*", self.encoder_lr, self.weight_decay),
                 *([] if self.language is None else [Freeze("language.*")]),
             ]
         )

@@ -14,7 +14,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 
 __all__ = ["MergedAttentionApproach"]
 
@@ -36,7 +36,7 @@ class MergedAttentionApproach(Approach):
         weight_decay: of matrices.
         gate_lr: of the gates, single numbers that must come from 0 to order 1 in one run; higher than ``lr``.
         fusion: which reading of the strategy, where its layers go, and how wide they are.
-        train_decoder: whether MAE's decoder trains; by default only where it has no pretrained weights.
+        train_decoder: whether MAE's decoder trains, where it is used; by default only if it has no pretrained weights.
     """
 
     name = "merged_attention"
@@ -61,7 +61,8 @@ class MergedAttentionApproach(Approach):
         self.mae, self.text, self.head = build_towers(encoder, decoder, text, objective)
         self.fusion = MergedFusion(self.encoder.embed_dim, len(self.encoder.blocks), self.text.width, fusion)
         self.fusion.attach(self.encoder)
-        self.train_decoder = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        wanted = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        self.train_decoder = wanted and bool(objective.reconstruction_weight)
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -76,7 +77,7 @@ class MergedAttentionApproach(Approach):
             [
                 Train("fusion.*.g", self.gate_lr),
                 Train("fusion.*", self.lr, self.weight_decay),
-                Train("head.*", self.lr, self.weight_decay),
+                TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 *(decoder if self.train_decoder else []),
                 Freeze("mae.*"),
                 Freeze("text.*"),

@@ -22,7 +22,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 from wlsup.selection.criteria import (
     CRITERIA,
     GRADIENT_CRITERIA,
@@ -135,7 +135,7 @@ class SelectiveK(Approach):
         every = len(chosen) == len(self.groups)
         return TrainPlan(
             [
-                Train("head.*", self.lr, self.weight_decay),
+                TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 Freeze("mae.*pos_embed"),
                 *(Train(pattern, self.encoder_lr, self.weight_decay) for pattern in patterns),
                 *decoder,
@@ -217,9 +217,12 @@ class SelectiveK(Approach):
                     f"This checkpoint trained the groups {', '.join(selection['chosen'])}; the run has k = {self.k} of "
                     f"{', '.join(group.name for group in self.groups)}. Use the run's own config.yaml."
                 )
+            another = set(selection["chosen"]) != set(self.chosen)
             self.chosen, self.scores = tuple(selection["chosen"]), dict(selection["scores"])
             self.plan.apply(self)
             self.train(self.training)
+            if another and self.regularizer.forget():  # the checkpoint's weights are not there yet
+                self.begin_regularizer()
         super().on_load_checkpoint(checkpoint)
 
     def _checked_k(self, k: int | None, named: Sequence[str]) -> int:

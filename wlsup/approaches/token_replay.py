@@ -16,7 +16,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec, without_adapters
 from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
-from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 from wlsup.reprogramming.conditioner import CaptionReprogrammer, ReprogrammerSpec
 
 __all__ = ["TokenReplayApproach"]
@@ -49,7 +49,7 @@ class TokenReplayApproach(Approach):
         gate: "tanh" (a gate that starts shut) or "zero_up" (an up-projection that starts at zero).
         reprogrammer: replay tokens that a reprogrammer makes of captions, learned from nothing, in place of the text
             encoder's tokens (ours); null: the text encoder's.
-        train_decoder: whether MAE's decoder trains; by default only where it has no pretrained weights.
+        train_decoder: whether MAE's decoder trains, where it is used; by default only if it has no pretrained weights.
     """
 
     name = "token_replay"
@@ -96,7 +96,8 @@ class TokenReplayApproach(Approach):
             share_projection=share_projection,
             gate=gate,
         ).attach(self.encoder)
-        self.train_decoder = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        wanted = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
+        self.train_decoder = wanted and bool(objective.reconstruction_weight)
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -112,7 +113,7 @@ class TokenReplayApproach(Approach):
                 Train("adapter.*.g", self.gate_lr, optional=True),
                 Train("adapter.*", self.lr, self.weight_decay),
                 Train("reprogrammer.*", self.lr, optional=True),
-                Train("head.*", self.lr, self.weight_decay),
+                TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 *(decoder if self.train_decoder else []),
                 Freeze("mae.*"),
                 Freeze("text.*"),

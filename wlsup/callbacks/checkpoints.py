@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer import call
 
-from wlsup.checkpoint_file import LAST, read_checkpoint, save_checkpoint_file
+from wlsup.checkpoint_file import LAST, PASSED_OVER, PREVIOUS, read_checkpoint, save_checkpoint_file
 from wlsup.errors import WlsupError
 from wlsup.files import write_text
 
@@ -36,8 +38,10 @@ _SIGNALS = tuple(
 """What schedulers send before they kill: SLURM and torchrun SIGTERM, LSF SIGUSR2 at the run limit, users SIGUSR1."""
 
 
-class StoppedEarly(Exception):  # noqa: N818 (nothing went wrong)
+class StoppedEarly(BaseException):  # noqa: N818 (nothing went wrong)
     """A run was told to stop, and has saved where it stands.
+
+    Not an Exception: raised out of a signal while a run evaluates, it is not to be taken for a picture's fault.
 
     Args:
         why: what told it.
@@ -88,9 +92,10 @@ class Checkpoints(Checkpoint):
     """Save last.ckpt at every epoch's end, every few minutes, and at a signal or a time limit; then stop there.
 
     SIGTERM, SIGUSR1, SIGUSR2 and SIGXCPU, which schedulers send before they kill, let the step in progress end; all
-    ranks then save together and the run ends with `StoppedEarly`. A second signal changes nothing. A checkpoint that
-    cannot be written on the way is told and does not end the run; one that was asked for by a signal does, since
-    what was trained since the one before is lost.
+    ranks then save together and the run ends with `StoppedEarly`. A second signal changes nothing. After the last step,
+    whose checkpoint is there, a signal ends the evaluation at once; the resumed run makes it. A checkpoint that cannot
+    be written on the way is told and does not end the run; one that was asked for by a signal does, since what was
+    trained since the one before is lost.
 
     Args:
         every_minutes: save so often within an epoch, in minutes of a clock that never jumps; 0: at epochs' ends only.
@@ -111,8 +116,10 @@ class Checkpoints(Checkpoint):
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
         self._trained = False
-        self._config, self._has_config = Path("config.yaml"), False
         self._stopped: StoppedEarly | None = None
+        self._ended: StoppedEarly | None = None  # what a signal after the last step raises
+        self._first: Path | None = None  # of rank 0 the folder of checkpoints
+        self._process = os.getpid()
 
     @property
     def state_key(self) -> str:
@@ -128,6 +135,8 @@ class Checkpoints(Checkpoint):
             train()
             if trainer.ckpt_path and trainer.limit_train_batches and not self._trained:
                 # Lightning finds nothing to train and skips the end of training too, where everything is evaluated
+                self._listen(trainer)
+                self._evaluate_on_notice(trainer, Path(trainer.ckpt_path))
                 call._call_callback_hooks(trainer, "on_train_end")
                 call._call_lightning_module_hook(trainer, "on_train_end")
 
@@ -144,12 +153,21 @@ class Checkpoints(Checkpoint):
         if places and loop._combined_loader is not None:
             loop._combined_loader._load_state_dicts(places)
         self._saved, self._trained = time.monotonic(), True
-        self._config = Path(trainer.default_root_dir) / "config.yaml"
-        self._has_config = self._config.is_file()
+        if trainer.world_size > 1:  # each rank found its checkpoint by itself
+            first = trainer.strategy.broadcast((trainer.global_step, trainer.current_epoch))
+            differs = tuple(first) != (trainer.global_step, trainer.current_epoch)
+            if trainer.strategy.reduce_boolean_decision(differs, all=False):
+                raise WlsupError(
+                    f"The processes do not go on from one step: this one from {trainer.global_step}, the first from "
+                    f"{first[0]}. They read different checkpoints; see to it that all nodes see the same "
+                    f"{self._folder(trainer)}, and start again."
+                )
         if trainer.is_global_zero:
-            (self._folder(trainer) / STOPPED_FILE).unlink(missing_ok=True)
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            folder = self._folder(trainer)
+            if trainer.ckpt_path and Path(trainer.ckpt_path).absolute() == (folder / PREVIOUS).absolute():
+                with suppress(FileNotFoundError):  # or saving would put it in the place of the one that is whole
+                    (folder / LAST).replace(folder / PASSED_OVER)
+        self._listen(trainer)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -197,20 +215,46 @@ class Checkpoints(Checkpoint):
         """
         self._stop(trainer)
         last = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        self._save(trainer, needed=last or trainer.should_stop)
+        path = self._save(trainer, needed=last or trainer.should_stop)
+        if last or trainer.should_stop:
+            self._evaluate_on_notice(trainer, path)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Give the signals back; other callbacks have evaluated by now, undisturbed."""
+        """Give the signals back; other callbacks have evaluated by now."""
         self._restore()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back."""
+        """Give the signals back; of a run that stops ignore them until Lightning does, for others are ending too."""
         self._restore()
+        if isinstance(exception, StoppedEarly) and threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
+    def _listen(self, trainer: lightning.Trainer) -> None:
+        if trainer.is_global_zero:
+            (self._folder(trainer) / STOPPED_FILE).unlink(missing_ok=True)
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        if trainer.received_sigterm:  # since Lightning began to listen
+            self._note(signal.SIGTERM, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or number
+        if self._ended is None or os.getpid() != self._process:  # loader processes inherit this
+            return
+        stopped, self._ended = self._ended, None
+        if self._first is not None:
+            write_text(self._first / STOPPED_FILE, f"step {stopped.step}: {stopped.why}\n")
+        raise stopped
+
+    def _evaluate_on_notice(self, trainer: lightning.Trainer, path: Path) -> None:
+        """From now on a signal ends the run at once; one that came during the last validation does so here."""
+        self._first = self._folder(trainer) if trainer.is_global_zero else None
+        self._ended = StoppedEarly("told to while it was evaluating", trainer.global_step, path)
+        if self._signal is not None:
+            self._note(self._signal, None)
 
     def _stop(self, trainer: lightning.Trainer) -> None:
         if self._stopped is None:
@@ -232,13 +276,13 @@ class Checkpoints(Checkpoint):
         return Path(trainer.default_root_dir) / "checkpoints" if self.folder is None else Path(self.folder)
 
     def _save(self, trainer: lightning.Trainer, *, needed: bool) -> Path:
-        removed = self._has_config and not self._config.is_file()
+        removed = trainer.is_global_zero and _is_gone(Path(trainer.default_root_dir))
         if trainer.world_size > 1:
-            removed = trainer.strategy.broadcast(removed)  # the first rank looks
+            removed = trainer.strategy.broadcast(removed)  # the first rank has looked
         if removed:  # a checkpoint alone cannot go on, and nobody would look for it
             raise WlsupError(
-                f"The run's folder {self._config.parent} has been removed, and its config.yaml with it, at step "
-                f"{trainer.global_step}: training stops, and there is nothing to go on from."
+                f"The run's folder {trainer.default_root_dir} has been removed: training stops at step "
+                f"{trainer.global_step}, and there is nothing to go on from."
             )
         folder = self._folder(trainer)
         path = folder / LAST
@@ -249,7 +293,7 @@ class Checkpoints(Checkpoint):
             for sink in trainer.loggers:
                 sink.save()  # what was logged until here is not logged again
         except OSError as failure:
-            error = failure
+            logger.warning("What was logged until step %d cannot be written: %s.", trainer.global_step, failure)
         if isinstance(files, CheckpointFiles):
             files.failures = []
         try:
@@ -275,7 +319,18 @@ class Checkpoints(Checkpoint):
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._before, self._ended = {}, None
+
+
+def _is_gone(folder: Path) -> bool:
+    """Whether there is nothing of this name any more; a file system that does not answer is not that."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def parse_time_limit(text: str) -> float:

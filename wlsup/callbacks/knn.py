@@ -171,8 +171,9 @@ class KNN(Callback):
                 f"The checkpoint has no pretrained k-NN score for {', '.join(s.name for s in missing)}, and the "
                 "encoder is trained by now. Resume with the run's own eval_sets."
             )
+        start = pl_module if getattr(pl_module, "identity_at_start", True) else pl_module.pretrained()
         for eval_set in missing:
-            result = self._evaluate(pl_module, eval_set, "pretrained")
+            result = self._evaluate(start, eval_set, "pretrained")
             self.pretrained[eval_set.name] = {"accuracy": dict(result.accuracy), "correct": result.correct}
         if missing:
             _log(trainer, self.baseline_metrics() | _limits({name: [0.0, 0.0] for name in self.pretrained}))

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -113,6 +114,7 @@ class RunFolder(Callback):
         self.processor_seconds = 0.0
         self.task: dict[str, Any] = {}
         self.memory: dict[str, float | None] = {}
+        self.skipped: dict[str, str] = {}
         self._started = 0.0
         self._processor_started = 0.0
 
@@ -148,9 +150,22 @@ class RunFolder(Callback):
         """Count samples."""
         self.samples_seen += len(batch) * trainer.world_size
 
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Hear from the other processes which of their pictures could not be read: checkpoints hold it."""
+        self._hear_of_skipped(trainer)
+
+    def _hear_of_skipped(self, trainer: lightning.Trainer) -> None:
+        everyones = [trainer.datamodule.skipped]
+        if trainer.world_size > 1:
+            everyones *= trainer.world_size
+            dist.all_gather_object(everyones, trainer.datamodule.skipped)
+        for skipped in everyones:
+            self.skipped |= skipped
+
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Have the approach measure what it is about beside k-NN, while it is still on its device."""
         self.memory = peak_memory()
+        self._hear_of_skipped(trainer)
         here = trainer.is_global_zero or has_shards(pl_module)  # of a shared out model all processes compute
         if here and hasattr(pl_module, "measure"):
             with alone():
@@ -203,7 +218,7 @@ class RunFolder(Callback):
                 "source": getattr(data, "source", None),
                 "pairs": len(data.manifest),
                 "manifest_sha256": data.manifest_sha256,
-                "skipped": data.skipped,
+                "skipped": dict(sorted((self.skipped | data.skipped).items())),
             },
             "knn": entries,
             "task": self.task,
@@ -221,12 +236,14 @@ class RunFolder(Callback):
             "samples_seen": self.samples_seen,
             "seconds": self.seconds + (time.perf_counter() - self._started) * begun,
             "processor_seconds": self.processor_seconds + (processor_seconds() - self._processor_started) * begun,
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
         self.processor_seconds = state_dict["processor_seconds"]
+        self.skipped = dict(state_dict.get("skipped", {}))
 
 
 def _find(trainer: lightning.Trainer, kind: type) -> Any:

@@ -25,6 +25,16 @@ def left_as_it_is(file: Path, found: Mapping[str, Collection[Any]]) -> str:
         return ""
     if not isinstance(earlier, dict):
         return ""
-    lost = {key: [str(one) for one in earlier.get(key) or () if one not in now] for key, now in found.items()}
+    had = {key: _listed(earlier.get(key)) for key in found}
+    lost = {key: [str(one) for one in had[key] if one not in now] for key, now in found.items()}
     told = " and ".join(f"{_WORDS.get(key, key)} {', '.join(ones)}" for key, ones in lost.items() if ones)
     return told and f"{file} was left as it is, since it also has the {told}: --out DIR writes this look elsewhere."
+
+
+def _listed(value: Any) -> Collection[Any]:
+    """Names of what is listed, named, or told as "one; other"."""
+    if isinstance(value, str):
+        return value.split("; ")
+    if isinstance(value, list):
+        return [one["name"] if isinstance(one, dict) and "name" in one else one for one in value]
+    return value or ()

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from wlsup.files import write_text
 
 __all__ = ["run_loggers"]
+
+_BEFORE = ".metrics.before.csv"
+"""The rows of a run that goes on, until they are written anew."""
 
 
 class _MetricsFile(CSVLogger):
@@ -26,15 +34,27 @@ class _MetricsFile(CSVLogger):
     @property
     def experiment(self) -> Any:
         """The writer; its first use moves the earlier rows over."""
-        if self._experiment is None and self._kept_until is not None:
-            rows = _rows(Path(self.log_dir) / "metrics.csv", self._kept_until)
-            self._kept_until = None
-            writer = super().experiment
-            if rows and hasattr(writer, "metrics"):  # of rank 0; other ranks have none
+        if self._experiment is not None:
+            return self._experiment
+        if self._kept_until is not None:
+            path, until, self._kept_until = Path(self.log_dir) / "metrics.csv", self._kept_until, None
+            before = path.with_name(_BEFORE)
+            rows = _rows(before if before.is_file() else path, until)
+            if rank_zero_only.rank == 0 and path.is_file() and not before.is_file():
+                path.replace(before)  # the writer deletes what it finds
+            writer = self._whole(super().experiment)
+            if hasattr(writer, "metrics"):  # of rank 0; other ranks have none
                 writer.metrics = rows
                 writer.save()
+                before.unlink(missing_ok=True)
             return writer
-        return super().experiment
+        return self._whole(super().experiment)
+
+    def _whole(self, writer: Any) -> Any:
+        """Have a new column's file written beside the old one, which Lightning empties first."""
+        if hasattr(writer, "_rewrite_with_new_header"):
+            writer._rewrite_with_new_header = partial(_rewrite, Path(self.log_dir) / "metrics.csv")
+        return writer
 
 
 def run_loggers(folder: Path, resumed_step: int | None) -> list[Logger]:
@@ -50,6 +70,16 @@ def run_loggers(folder: Path, resumed_step: int | None) -> list[Logger]:
         TensorBoardLogger(folder, name="", version="", default_hp_metric=False, **purge),
         _MetricsFile(folder, resumed_step),
     ]
+
+
+def _rewrite(path: Path, columns: list[str]) -> None:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _rows(path: Path, until: int) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -68,15 +68,23 @@ def log_to_terminal(quiet: bool = False) -> None:
         warnings.filterwarnings("ignore", pattern)
 
 
+class _File(logging.FileHandler):
+    """A log file that cannot be written says nothing: the lines are on the terminal, and the run tells of the disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Go on."""
+
+
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
     """Also write the suite's lines, with the time, to ``path`` for as long as the work lasts."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _File(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("wlsup").addHandler(handler)
     try:
         yield
     finally:
         logging.getLogger("wlsup").removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()

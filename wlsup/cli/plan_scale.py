@@ -232,13 +232,17 @@ def plan(job: Job, cluster: Cluster) -> dict[str, Any]:
     text = 0.0 if job.language != "none" else 63.4e6
     frozen_bytes = bytes_each if job.language != "none" else 4  # a large frozen model is loaded in half precision
     words = LANGUAGE[job.language][2] * model.width  # embeddings, which every GPU keeps whole
-    large = (model.language - words) * frozen_bytes + model.experts * 4 / apart  # what FSDP shares out
-    trained = model.trained + model.trained_experts / sharded
+    large, experts = (model.language - words) * frozen_bytes, model.experts * 4  # what FSDP shares out
+    trained = model.trained + model.trained_experts / max(sharded, apart)
     # Under FSDP one unit is whole at a time: a block, or a mixture, and of a mixture its gradients too.
     mixture = model.trained_experts / max(model.expert_layers, 1)
     gathered_unit = max(12 * model.width**2 * frozen_bytes, 4 * mixture) if sharded > 1 else 0.0
     memory = {
-        "weights": (model.encoder + text) * 4 + words * frozen_bytes + large / sharded + gathered_unit,
+        "weights": (model.encoder + text) * 4
+        + words * frozen_bytes
+        + large / sharded
+        + experts / max(sharded, apart)
+        + gathered_unit,
         "gradients": 4 * trained + (4 * mixture if sharded > 1 else 0.0),
         "optimizer": 8 * trained,
         "activations": model.activations * job.batch * (2 if precision == "32" else 1),
@@ -246,8 +250,9 @@ def plan(job: Job, cluster: Cluster) -> dict[str, Any]:
     speed = APPROACHES[job.approach].speed
     computing = model.flops * job.batch / (1e12 * PEAK[cluster.gpu][precision] * UTILISATION * speed)
     others = (world - 1) / world
-    gathered = 2 * others * large if sharded > 1 else 0.0  # weights, for forward and for backward
-    reduced = others * 4 * (2 * model.trained + (1 if sharded > 1 else 2) * model.trained_experts)
+    gathered = 2 * others * (large + (experts if apart == 1 else 0)) if sharded > 1 else 0.0  # forward, and backward
+    of_experts = 0 if apart > 1 else 1 if sharded > 1 else 2  # each expert's gradients arise where it lies
+    reduced = others * 4 * (2 * model.trained + of_experts * model.trained_experts)
     embeddings = 2 * others * world * job.batch * 512 * 4 if job.language == "none" else 0.0
     exchanged = 0.0
     if job.shard_experts and model.expert_layers:
@@ -284,8 +289,10 @@ def run(arguments: list[str]) -> int:
     options = _options(arguments)
     if options.nodes < 1 or options.gpus_per_node < 1 or options.batch < 1 or options.workers < 1:
         raise WlsupError("nodes, gpus-per-node, batch and workers must be at least 1.")
+    if not (options.link > 0 and options.intra > 0):
+        raise WlsupError("link and intra, GB/s, must be more than 0.")
     for asked in ("experts", "k", "mixture", "shard_experts"):
-        if options.approach != "magma_moe" and getattr(options, asked):
+        if options.approach != "magma_moe" and (given := getattr(options, asked)) is not None and given is not False:
             raise WlsupError(f"--{asked.replace('_', '-')} is of magma_moe's experts; {options.approach} has none.")
     if options.language == "none" and options.strategy == "fsdp":
         raise WlsupError("--strategy fsdp shares out a language model: plan magma or magma_moe.")
@@ -294,7 +301,7 @@ def run(arguments: list[str]) -> int:
         raise WlsupError(f"--language is of magma and magma_moe; {options.approach} has no language model.")
     if options.approach.startswith("magma") and options.language == "none":
         raise WlsupError(f"{options.approach} needs a --language model.")
-    if options.approach == "magma_moe" and not 1 <= (options.k or 2) <= experts:
+    if options.approach == "magma_moe" and not 1 <= (2 if options.k is None else options.k) <= experts:
         raise WlsupError("magma_moe needs at least one of --experts, and a --k between 1 and them.")
     job = Job(options.approach, options.encoder, options.language, experts, options.k or 2,
               options.mixture or "adapters", options.shard_experts, options.batch, options.precision,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wlsup.cli.earlier import left_as_it_is
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser
 from wlsup.cli.recipes import holds_run
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from wlsup.evaluation.weight_views import LeftOut, WeightView
 
 __all__ = ["HELP", "run"]
+
+_log = logging.getLogger("wlsup")
 
 HELP = """\
 usage: wlsup spectra RUN|WEIGHTS [options]
@@ -88,6 +92,10 @@ def run(arguments: list[str]) -> int:
     if analysis.along:
         report["along"] = analysis.along
     out = options.out or (folder if is_run else None)
+    looked_at = {"layers": [layer["name"] for layer in report["layers"]]}
+    if is_run and options.out is None and (stays := left_as_it_is(folder / "spectra.json", looked_at)):
+        _log.warning("%s", stays)
+        out = None
     if out is not None:
         from wlsup.callbacks.progress import progress
 

@@ -11,8 +11,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from wlsup.callbacks.checkpoints import STOPPED, StoppedEarly
-from wlsup.checkpoint_file import LAST, newest_checkpoint, read_checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from wlsup.callbacks.checkpoints import STOPPED, STOPPED_FILE, StoppedEarly
+from wlsup.checkpoint_file import LAST, PREVIOUS, newest_checkpoint, read_checkpoint
 from wlsup.cli.logs import log_to_file
 from wlsup.errors import WlsupError
 
@@ -23,6 +25,8 @@ __all__ = ["RUN_DIR", "Resumption", "resumption", "train"]
 
 RUN_DIR = "WLSUP_RUN_DIR"
 """The environment's variable by which the processes of one run agree on its folder."""
+
+_TERMINATED = 128 + 15
 
 logger = logging.getLogger("wlsup")
 
@@ -67,7 +71,8 @@ def train(cli: WlsupCLI) -> int:
     """Fit, resuming where asked; the run's log file receives what the terminal does.
 
     Returns:
-        0, or `STOPPED` for a run that was told to stop and has saved where it stands.
+        0, `STOPPED` for a run that was told to stop and has saved where it stands, or 143 for one that was terminated
+        before there was something to save.
 
     Raises:
         WlsupError: the run cannot be made, in one message.
@@ -91,6 +96,8 @@ def train(cli: WlsupCLI) -> int:
         if first:
             logger.warning("%s; go on with --run_dir %s --resume auto", stopped, folder)
         return STOPPED
+    except SIGTERMException:  # Lightning's, of a signal that came before the first step
+        return STOPPED if (folder / "checkpoints" / STOPPED_FILE).is_file() else _TERMINATED
     except OSError as error:
         if not _is_of(folder, error):
             raise
@@ -157,8 +164,10 @@ def _held(folder: Path) -> Iterator[None]:
                 f"Another run ({file.read().strip() or 'unknown'}) is writing into {folder}. Wait for it, or give "
                 "another --run_dir."
             ) from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): nothing keeps a second run out of it.", folder, error.strerror)
+        else:
+            _clear_half_written(folder / "checkpoints")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
@@ -172,10 +181,18 @@ def _forgotten_unbegun(folder: Path) -> Iterator[None]:
         with log_to_file(folder / "run.log"):
             yield
     except WlsupError:
-        if not (folder / "config.yaml").is_file():
-            for file in (folder / "run.log", folder / ".lock", *folder.glob("events.out.tfevents.*")):
-                with suppress(OSError):
+        own = {folder / "run.log", folder / ".lock", *folder.glob("events.out.tfevents.*")}
+        with suppress(OSError):
+            if set(folder.iterdir()) <= own:  # else something lies in it: then all stays
+                for file in own:
                     file.unlink(missing_ok=True)
-            with suppress(OSError):  # something else lies in it: then it stays
                 folder.rmdir()
         raise
+
+
+def _clear_half_written(folder: Path) -> None:
+    """Remove what runs that were killed while they saved have left, each as large as a checkpoint."""
+    for name in (LAST, PREVIOUS):
+        for file in folder.glob(f".{name}.*"):
+            with suppress(OSError):
+                file.unlink()

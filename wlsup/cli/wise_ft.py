@@ -126,8 +126,8 @@ def _curve(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], s
     if results.is_file():
         said = json.loads(results.read_text(encoding="utf-8"))
         title = f"WiSE-FT: {said['approach']}, {said['preset']}, seed {said['seed']}"
-    if options.out is None and (options.sets is not None or options.alphas is not None):
-        found = {"sets": curve["sets"], "alphas": curve["alphas"]}
+    if options.out is None:
+        found = {"sets": curve["sets"], "alphas": curve["alphas"], "protocol": curve["protocol"].split("; ")}
         if stays := left_as_it_is(folder / "wise_ft.json", found):
             _log.warning("%s", stays)
             return curve, title, []

@@ -17,7 +17,7 @@ from wlsup.data.mini_landcover import LANDCOVER_CLASSES, landcover_picture
 from wlsup.data.mini_render import SHAPES, SIDE, Draws, finish, noise
 from wlsup.data.mini_scenes import plain_scene
 from wlsup.data.mini_textures import TEXTURE_CLASSES, texture_picture
-from wlsup.errors import choose
+from wlsup.errors import WlsupError, choose
 
 __all__ = ["MINI_EVAL_SETS", "MiniPictures", "mini_eval_set", "normalised"]
 
@@ -71,9 +71,11 @@ class MiniPictures(Dataset):
         return normalised(self.pictures, self.spec), self.labels
 
 
-def _painted(salt: int, kinds: tuple[str, ...], paint: Callable[[Draws, str], NDArray[np.uint8]]) -> Pictures:
+def _painted(
+    salt: int, kinds: tuple[str, ...], paint: Callable[[Draws, str], NDArray[np.uint8]], more: int = 0
+) -> Pictures:
     """Train pictures, then test pictures; classes take turns, so that every prefix is balanced."""
-    labels = np.arange(_TRAIN + _TEST, dtype=np.int64) % len(kinds)
+    labels = np.arange(_TRAIN + _TEST + more, dtype=np.int64) % len(kinds)
     pictures = [paint(Draws(salt, index), kinds[label]) for index, label in enumerate(labels.tolist())]
     return np.stack(pictures), labels
 
@@ -126,7 +128,9 @@ def _chosen_digits(salt: int, targets: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([members[: (_TRAIN + _TEST) // 10] for members in by_class], axis=1).reshape(-1)
 
 
-def _digits(salt: int) -> Pictures:
+def _digits(salt: int, more: int = 0) -> Pictures:
+    if more:
+        raise WlsupError("mini_digits has no more than 500 test pictures: people wrote only so many digits.")
     images, targets = _handwritten()
     chosen = _chosen_digits(salt, targets)
     pictures = []
@@ -138,22 +142,22 @@ def _digits(salt: int) -> Pictures:
     return np.stack(pictures), targets[chosen]
 
 
-def _shapes(salt: int) -> Pictures:
-    return _painted(salt, SHAPE_CLASSES, lambda draws, kind: plain_scene(draws, kind).image)
+def _shapes(salt: int, more: int = 0) -> Pictures:
+    return _painted(salt, SHAPE_CLASSES, lambda draws, kind: plain_scene(draws, kind).image, more)
 
 
-_SETS: dict[str, tuple[Domain, tuple[str, ...], Callable[[int], Pictures]]] = {
+_SETS: dict[str, tuple[Domain, tuple[str, ...], Callable[..., Pictures]]] = {
     "mini_shapes": ("in", SHAPE_CLASSES, _shapes),
     "mini_digits": ("out", tuple(str(digit) for digit in range(10)), _digits),
     "mini_landcover": (
         "out",
         tuple(LANDCOVER_CLASSES),
-        lambda salt: _painted(salt, tuple(LANDCOVER_CLASSES), landcover_picture),
+        lambda salt, more=0: _painted(salt, tuple(LANDCOVER_CLASSES), landcover_picture, more),
     ),
     "mini_textures": (
         "out",
         tuple(TEXTURE_CLASSES),
-        lambda salt: _painted(salt, tuple(TEXTURE_CLASSES), texture_picture),
+        lambda salt, more=0: _painted(salt, tuple(TEXTURE_CLASSES), texture_picture, more),
     ),
 }
 
@@ -161,27 +165,28 @@ MINI_EVAL_SETS: tuple[str, ...] = tuple(_SETS)
 
 
 @cache
-def _pictures(name: str) -> tuple[Tensor, Tensor]:
-    pictures, labels = _SETS[name][2](_SALTS[name])
+def _pictures(name: str, more: int = 0) -> tuple[Tensor, Tensor]:
+    pictures, labels = _SETS[name][2](_SALTS[name], more)
     return torch.from_numpy(pictures), torch.from_numpy(labels)
 
 
-def mini_eval_set(name: str, spec: ImageSpec) -> EvalSet:
+def mini_eval_set(name: str, spec: ImageSpec, more: int = 0) -> EvalSet:
     """One of the mini world's labelled sets: 1,000 train and 500 test pictures of 10 balanced classes.
 
     Args:
         name: one of `MINI_EVAL_SETS`.
         spec: the encoder's input; at size 64 no pixel is resampled.
+        more: test pictures beyond the 500, which come first; mini_digits has none.
 
     Returns:
         The set; both halves are `MiniPictures`. The pictures are painted once a process (about a second a set).
 
     Raises:
-        WlsupError: on an unknown name.
+        WlsupError: on an unknown name, or if more is asked for than there is.
     """
     choose("mini eval set", name, MINI_EVAL_SETS)
     domain, class_names, _ = _SETS[name]
-    pictures, labels = _pictures(name)
+    pictures, labels = _pictures(name, more)
     return EvalSet(
         name=name,
         domain=domain,

@@ -48,8 +48,8 @@ def linear_cka(first: Tensor, second: Tensor, *, debiased: bool = True) -> float
         )
     x, y = (part.double() - part.double().mean(0) for part in (first, second))
     hsic = _unbiased_hsic if debiased else _hsic
-    scale = hsic(x, x) * hsic(y, y)
-    return hsic(x, y) / math.sqrt(scale) if scale > 0 else math.nan
+    own, other = hsic(x, x), hsic(y, y)  # an unbiased estimate of next to nothing may be below 0
+    return hsic(x, y) / math.sqrt(own * other) if own > 0 and other > 0 else math.nan
 
 
 def cka_interval(first: Tensor, second: Tensor, *, confidence: float = 0.95) -> Interval:

@@ -152,6 +152,11 @@ class Regularizer:
         elif self.spec.distill or self.spec.replay:
             self._teacher = pretrained()
 
+    def forget(self) -> bool:
+        """Let `begin` note the start again, of other tensors; return whether it had."""
+        begun, self._start, self._held = self._start is not None, None, {}
+        return begun
+
     def add(
         self, losses: dict[str, Tensor], features: Callable[[Tensor], Tensor], batch: CaptionBatch | ImageBatch
     ) -> dict[str, Tensor]:
@@ -181,12 +186,12 @@ class Regularizer:
             terms["l2sp"] = self._pull(losses["loss"].device)
         if self.spec.replay:
             pictures = getattr(batch, "replay", None)
-            if pictures is None:
+            if pictures is None and self._held:
                 raise WlsupError(
                     f"regularizer.replay is {self.spec.replay:g}, but the batches bring no pictures to replay. Set "
                     "data.replay: mini for generated ones, or a folder or tar of pictures of the pretrained domain."
                 )
-            terms["replay"] = self._distance(features, pictures)
+            terms["replay"] = self._distance(features, batch.images if pictures is None else pictures)
         total = losses["loss"] + sum(getattr(self.spec, name) * term for name, term in terms.items())
         return {**losses, **terms, "loss": total}
 

@@ -63,6 +63,11 @@ class ObjectiveSpec:
             self.contrastive_weight or self.reconstruction_weight
         ):
             raise WlsupError("contrastive_weight and reconstruction_weight must be >= 0, and not both 0.")
+        if not self.contrastive_weight and not self.caption_dropout:
+            raise WlsupError(
+                "contrastive_weight and caption_dropout are both 0: the null condition, under which the encoder is "
+                "evaluated and used, would never be trained."
+            )
         if self.micro_batch is not None and self.micro_batch < 1:
             raise WlsupError(f"micro_batch must be at least 1, or none, not {self.micro_batch}.")
 

@@ -36,7 +36,7 @@ class ReprogrammerSpec:
         match: "statistics" gives the tokens mean and deviation of the network's own patch tokens, channel by channel;
             "none" leaves them as they are learned.
         warmup_batches: train the reprogrammer alone for so many batches, before the adapters begin.
-        skip_nonfinite: leave out batches whose loss is not finite, and stop after so many in a row; 0: do not look.
+        skip_nonfinite: stop after so many batches in a row whose loss is not finite; 0: do not look.
         tokenizer: "mini", a hub id or a local folder of a causal language model's tokenizer.
         max_length: captions are cut to this many tokens, and to the number of patches.
     """
@@ -57,7 +57,7 @@ class ReprogrammerSpec:
 
 
 class FiniteGuard:
-    """Leaves out batches whose loss is not finite: no gradient, so that the optimizer touches nothing.
+    """Counts batches whose loss is not finite, and ends a run that has nothing else; `Guards` skips their steps.
 
     Args:
         limit: so many in a row end the run; 0 looks at none.
@@ -67,7 +67,7 @@ class FiniteGuard:
         self.limit, self.skipped, self._in_a_row = limit, 0, 0
 
     def __call__(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the losses, or, where "loss" is not finite, a zero with no gradient to any parameter.
+        """Return the losses as they are.
 
         Raises:
             WlsupError: the limit is reached.
@@ -83,7 +83,7 @@ class FiniteGuard:
                 f"The loss was not finite for {self.limit} batches in a row ({parts}). Lower model.lr, or let the "
                 "adapters start shut (gate: tanh) and warm the reprogrammer up (reprogrammer.warmup_batches)."
             )
-        return {**losses, "loss": torch.zeros_like(losses["loss"]).detach().requires_grad_()}
+        return losses
 
 
 class CaptionReprogrammer(nn.Module):

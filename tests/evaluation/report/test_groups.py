@@ -66,6 +66,33 @@ def test_places_and_seeds_do_not_part_runs_and_of_a_seed_run_twice_the_newer_cou
     assert "1 older" in group.notes[0]
 
 
+def test_a_run_without_a_configuration_joins_the_row_that_it_does_not_contradict(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path, "film", seed)
+    make_run(tmp_path, "film", 2, whole=False)
+    (group,) = groups_in(tmp_path)
+    assert [run.seed for run in group.runs] == [0, 1, 2]
+    make_run(tmp_path, "film", 3, whole=False, steps=61)
+    assert [[run.seed for run in group.runs] for group in groups_in(tmp_path)] == [[0, 1, 2], [3]]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_seeds_that_chose_other_groups_of_layers_are_one_row(whole, tmp_path):
+    for seed, trained in enumerate((270977, 159329)):
+        make_run(tmp_path, "selective_k", seed, whole=whole, parameters={"total": 10**6, "trained": trained})
+    (group,) = groups_in(tmp_path)
+    assert len(group.runs) == 2
+
+
+def test_no_two_rows_have_one_name(tmp_path):
+    for number, last in enumerate((1, 2)):
+        keys = ("model.a", "model.b", "model.c")
+        make_run(tmp_path / str(number), "film", 0, options=dict.fromkeys(keys, 0) | {"model.d": last})
+    make_run(tmp_path / "2", "film", 0, options=dict.fromkeys(("model.a", "model.b", "model.c"), 1) | {"model.d": 1})
+    names = [group.name for group in groups_in(tmp_path)]
+    assert len(set(names)) == 3 and names[1] == f"{names[0]} [2]"
+
+
 def test_groups_come_in_the_order_of_the_approaches(tmp_path):
     for name in ("lit", "film", "zzz"):
         make_run(tmp_path, name, 0)

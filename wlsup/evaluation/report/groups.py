@@ -19,7 +19,7 @@ Verdict = Literal["gain", "loss", "unsure", "untouched"]
 _TELLS = ("model.", "data.", "knn.k", "knn.temperature", "optimizer", "lr_scheduler", "trainer.accumulate_grad_batches",
           "trainer.devices", "trainer.gradient_clip", "trainer.limit_train_batches", "trainer.max_",
           "trainer.num_nodes", "trainer.precision")  # fmt: skip
-_TELLS_NOT = ("data.seed", "data.root", "data.num_workers", "knn.ks")
+_TELLS_NOT = ("data.seed", "data.root", "data.num_workers", "data.patience", "data.decoder", "knn.ks")
 
 
 @dataclass(frozen=True)
@@ -180,25 +180,32 @@ def _split(approach: str, preset: str, name: str, runs: list[Run]) -> list[Group
     # a run without a configuration says little of itself: the others are told apart all the same
     keys = sorted(set.union(*map(set, told)))
     variants: dict[tuple[str, ...], list[Run]] = defaultdict(list)
-    for run, options in zip(runs, told, strict=True):
-        variants[tuple(options.get(key, "?") for key in keys)].append(run)
+    for run, options in sorted(zip(runs, told, strict=True), key=lambda pair: not pair[0].options):
+        values = tuple(options.get(key, "?") for key in keys)
+        alike = [] if run.options else [one for one in variants if _agree(one, values)]
+        variants[alike[0] if len(alike) == 1 else values].append(run)
     differing = [place for place in range(len(keys)) if len({values[place] for values in variants}) > 1]
-    groups = []
+    groups: list[Group] = []
     for values, members in sorted(variants.items()):
         apart = [f"{keys[place].removeprefix('model.')} {values[place]}" for place in differing]
         more = f", {len(apart) - 3} more" if len(apart) > 3 else ""
         label = f"{name} ({', '.join(apart[:3])}{more})" if apart else name
+        same = sum(group.name.partition(" [")[0] == label for group in groups)  # those that differ further on
+        label += f" [{same + 1}]" if same else ""
         groups.append(_group(approach, preset, label, members))
     return groups
 
 
+def _agree(values: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two variants say nothing different of what both tell."""
+    return all(one == other or "?" in (one, other) for one, other in zip(values, others, strict=True))
+
+
 def _told(run: Run) -> dict[str, str]:
     results = run.results
-    told = {
-        "pairs": str(results["captions"].get("pairs")),
-        "steps": str(results.get("steps")),
-        "parameters trained": str(results["parameters"].get("trained")),
-    }
+    told = {"pairs": str(results["captions"].get("pairs")), "steps": str(results.get("steps"))}
+    if not run.options and results["approach"] != "selective_k":  # whose groups of layers each seed chooses
+        told["parameters trained"] = str(results["parameters"].get("trained"))
     return told | {
         key: value for key, value in run.options.items() if key.startswith(_TELLS) and not key.startswith(_TELLS_NOT)
     }
