@@ -68,6 +68,6 @@ def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
     Returns:
         () in the dtype of ``total``, the same on all ranks.
     """
-    # In double: half precision counts to 256 or 2,048 only.
-    everyones, number = global_sum(torch.stack([total.double(), count.double()]))
+    wide = torch.float32 if total.device.type == "mps" else torch.float64  # half precision counts to 2,048 only
+    everyones, number = global_sum(torch.stack([total.to(wide), count.to(wide)]))
     return (everyones / number.clamp(min=1)).to(total.dtype)

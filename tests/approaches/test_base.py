@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from wlsup.approaches import approach_class
 from wlsup.batch import CaptionBatch
+from wlsup.callbacks.guards import Guards
 from wlsup.errors import WlsupError
 from wlsup.objectives.two_branch import ObjectiveSpec
 
@@ -36,14 +37,14 @@ def test_a_tensor_that_no_loss_reached_is_told_before_processes_wait_for_it(stra
     approach.setup("fit")
     found = {"one": None, "ddp": DDPStrategy(), "ddp_find_unused_parameters_true":
              DDPStrategy(find_unused_parameters=True)}[strategy]  # fmt: skip
-    approach._trainer = SimpleNamespace(strategy=found)
+    guards, trainer = Guards(), SimpleNamespace(strategy=found)
     if strategy == "ddp":
         with pytest.raises(WlsupError, match=r"No loss reached .* ddp_find_unused_parameters_true"):
-            approach.on_after_backward()
+            guards.on_after_backward(trainer, approach)
     else:
-        approach.on_after_backward()
+        guards.on_after_backward(trainer, approach)
         assert "No loss reached" in caplog.text
-        approach.on_after_backward()  # once
+        guards.on_after_backward(trainer, approach)  # once
 
 
 def validate(rank, world, folder):

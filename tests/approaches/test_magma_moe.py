@@ -131,6 +131,8 @@ class TestWhatTrains:
         for options in ({"every": 1}, {"noise": 0.1}):
             with pytest.raises(WlsupError, match=r"are of mixture: ffn"):
                 MagmaMoE(**options)
+        with pytest.raises(WlsupError, match="leave out language.dtype: float16"):  # copies would train in it
+            MagmaMoE(mixture="ffn", language=LanguageSpec(dtype="float16"))
         with pytest.raises(WlsupError, match=r"moe\.k=4 leave no channel"):
             MagmaMoE(prefix=SHORT, moe=MoESpec(k=4), adapters=LanguageAdapterSpec(factor=64))
 

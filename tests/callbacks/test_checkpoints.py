@@ -163,7 +163,7 @@ def test_ranks_that_read_different_checkpoints_do_not_train(tmp_path):
     strategy = SimpleNamespace(broadcast=lambda value: (8, 1), reduce_boolean_decision=lambda one, all: one)
     loop = SimpleNamespace(_combined_loader_states_to_load=[], _combined_loader=None)
     trainer = SimpleNamespace(fit_loop=loop, world_size=2, strategy=strategy, global_step=4, current_epoch=0,
-                              default_root_dir=tmp_path)  # fmt: skip
+                              default_root_dir=tmp_path, is_global_zero=False)  # fmt: skip
     with pytest.raises(WlsupError, match="this one from 4, the first from 8"):
         Checkpoints().on_train_start(trainer, None)
 

@@ -88,8 +88,8 @@ def test_experts_cost_memory_and_only_spread_ones_an_all_to_all():
     spread = plan(Job("magma_moe", language="gpt2", experts=8, mixture="ffn", shard_experts=True), Cluster(2, 4))
     assert mixed["memory_gib"]["weights"] > spread["memory_gib"]["weights"] > dense["memory_gib"]["weights"]
     for kept in ("gradients", "optimizer"):  # of spread experts each GPU keeps an eighth
-        assert spread["memory_gib"][kept] < mixed["memory_gib"][kept] / 3
-    assert spread["milliseconds"]["all-reduce"] < mixed["milliseconds"]["all-reduce"] / 3
+        assert spread["memory_gib"][kept] < mixed["memory_gib"][kept] / 2
+    assert spread["milliseconds"]["all-reduce"] < mixed["milliseconds"]["all-reduce"] / 2
     assert mixed["milliseconds"]["all-to-all"] == 0 < spread["milliseconds"]["all-to-all"]
 
 

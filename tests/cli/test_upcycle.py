@@ -69,6 +69,9 @@ def test_a_language_model_by_name_or_by_what_its_folder_says(tmp_path, capsys):
     assert named["kind"] == "language"
     assert named["layers"] == ["model.transformer.h.1.mlp", "model.transformer.h.3.mlp"]
     assert named["relative_error"] <= 1e-5
+    report(capsys, "mini", tmp_path / "s", "--kind", "language", "--experts", 2, "--router", "hash", "--seed", 1)
+    tables = [moe_layers(load_moe(tmp_path / name))["model.transformer.h.1.mlp"].router.table for name in ("a", "s")]
+    assert not torch.equal(*tables)
     copied = shutil.copytree(MINI_LANGUAGE, tmp_path / "lm")
     assert report(capsys, copied, tmp_path / "b", "--experts", 2)["kind"] == "language"
     report(capsys, tmp_path / "b", tmp_path / "dense", "--dense")

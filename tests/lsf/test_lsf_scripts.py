@@ -209,9 +209,7 @@ def test_a_command_that_is_not_there_is_no_success():
 def test_a_next_job_that_cannot_be_submitted_is_told_with_the_way_to_go_on(lsf):
     lsf = lsf("hang", "finish", minute=0.8, grace=30)
     submit(lsf, "lsf/chain.sh", "lsf/summit.lsf", "-W", "0:15", GPUS_PER_NODE=1)
-    (lsf.folder / "bin" / "bsub").unlink()
-    (lsf.folder / "bin" / "bsub").write_text("#!/bin/sh\necho 'User cannot submit: job limit reached' >&2; exit 255\n")
-    (lsf.folder / "bin" / "bsub").chmod(0o755)
+    (lsf.folder / "full").touch()
     assert lsf.wait() == [75], log(lsf)
     assert f"could not be submitted; go on with RUN_DIR={lsf.run_dir} lsf/chain.sh lsf/summit.lsf" in log(lsf)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -126,6 +127,16 @@ class TestGeneration:
         with torch.no_grad():
             logits = language(torch.cat([prefix, language.embed(ids)], dim=1), keep=ids.shape[1] + 1)[:, :-1]
         return float(logits.log_softmax(-1).gather(2, ids[..., None]).sum())
+
+    def test_what_a_folder_says_of_generation_changes_nothing(self, folders, tmp_path):
+        folder = shutil.copytree(folders["gpt2"], tmp_path / "chatty")
+        told = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "do_sample": True, "temperature": 9.0}
+        (folder / "generation_config.json").write_text(json.dumps(told))
+        plain, chatty = (LanguageModel(LanguageSpec(weights=str(one))) for one in (folders["gpt2"], folder))
+        prefix = plain.embed(torch.tensor([[5, 20, 30, 40]]))
+        for method in ("greedy", "beam", "nucleus"):
+            spec = GenerationSpec(method=method, max_tokens=12)
+            assert chatty.generate(prefix, spec) == plain.generate(prefix, spec)
 
     def test_beam_search_finds_captions_at_least_as_likely_a_token_as_greedy(self, mini):
         prefix = mini.embed(torch.tensor([[5, 20, 30, 40]]))

@@ -155,6 +155,11 @@ class TestErrors:
     def test_a_dense_model_is_no_moe_checkpoint(self, tmp_path):
         with pytest.raises(WlsupError, match="no MoE layer"):
             save_moe(build_vision(VisionSpec()), tmp_path / "moe")
+        mixed = build_vision(VisionSpec())
+        for block, k in ((1, 1), (3, 2)):
+            upcycle(mixed, [block], MoESpec(experts=4, k=k))
+        with pytest.raises(WlsupError, match=r"different settings, first backbone.blocks.3.mlp"):
+            save_moe(mixed, tmp_path / "moe")
         with pytest.raises(WlsupError, match="is no MoE checkpoint"):
             load_moe(MINI_LANGUAGE)
         with pytest.raises(WlsupError, match="No such file"):

@@ -175,6 +175,12 @@ def test_nothing_but_padding_is_no_nan(x, ids, router):
     assert all(value == value for value in moe.routing.scalars().values())
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_no_token_at_all_is_no_error(router):
+    moe = make(router=router)
+    assert moe(torch.empty(0, L, D), torch.empty(0, L, dtype=torch.int64)).shape == (0, L, D)
+
+
 def test_ids_and_mask_are_found_where_the_model_holds_them(x, ids):
     moe = make(router="hash")
     held = moe.token_ids = TokenIds(V)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, ClassVar, Literal
 
 import lightning
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from wlsup.approaches.checkpoint import StartingPoint, check_checkpoint, pack_checkpoint
 from wlsup.batch import CaptionBatch, ImageSpec, VisionOutput
-from wlsup.errors import WlsupError
 from wlsup.models.vision import VisionEncoder
 from wlsup.objectives.contrastive import clamp_logit_scales_
 from wlsup.objectives.regularizers import Regularizer, RegularizerSpec, without_adapters
@@ -20,8 +17,6 @@ from wlsup.plan import TrainPlan
 from wlsup.ranks import alone
 
 __all__ = ["Approach"]
-
-logger = logging.getLogger("wlsup")
 
 
 class Approach(lightning.LightningModule):
@@ -47,9 +42,7 @@ class Approach(lightning.LightningModule):
     def __init__(self, optimizer: OptimizerSpec, regularizer: RegularizerSpec = RegularizerSpec()) -> None:
         super().__init__()
         self.optimizer_spec, self.regularizer = optimizer, Regularizer(regularizer)
-        self.start = StartingPoint()
-        self._looked_for_gradients = False
-        self.strict_loading = False  # checkpoints hold trained tensors only; check_checkpoint sees that all are there
+        self.start, self.strict_loading = StartingPoint(), False  # checkpoints hold what trains, and are checked
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -104,13 +97,9 @@ class Approach(lightning.LightningModule):
         """Follow the plan before the optimizer is made; remember where training starts."""
         self.plan.apply(self)
         self.train()  # Lightning takes modules in the modes that it finds
-        self.begin_regularizer()
-        self.start.note(self)
-
-    def begin_regularizer(self) -> None:
-        """Have the regulariser remember where what trains by the plan starts."""
         parameters = {planned.name: planned.parameter for planned in self.plan.resolve(self) if planned.rule.trains}
         self.regularizer.begin(self.features, self.pretrained, parameters, self.image_spec.size)
+        self.start.note(self)
 
     def train(self, mode: bool = True) -> Approach:
         """Train mode for what trains only: frozen modules stay in eval mode through every epoch."""
@@ -126,40 +115,16 @@ class Approach(lightning.LightningModule):
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         """Return the loss of one batch of pairs and log its parts."""
         losses = self.training_losses(batch)
-        parts = {f"train/{name}": value.detach() for name, value in losses.items() if name != "loss"}
-        self.log_dict(parts, batch_size=len(batch))
+        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items() if k != "loss"}, batch_size=len(batch))
         self.log("train/loss", losses["loss"].detach(), prog_bar=True, batch_size=len(batch))
         return losses["loss"]
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> tuple[Tensor, Tensor] | None:
         """Log the losses of one batch of held-out pairs; return its embeddings, which retrieval collects."""
-        with alone():  # each process has all held-out pairs: gathered, each would count once a process
+        with alone():  # each process has all held-out pairs: gathered, they would count several times
             losses = self.losses(batch)
         self.log_dict({f"val/{name}": value for name, value in losses.items()}, batch_size=len(batch), sync_dist=True)
         return self.embed(batch)
-
-    def on_after_backward(self) -> None:
-        """See, once, that each tensor that is planned to train is reached by the loss.
-
-        Raises:
-            WlsupError: one is not, and over several processes the others would wait for its gradient.
-        """
-        if self._looked_for_gradients:
-            return
-        self._looked_for_gradients = True
-        without = [one.name for one in self.plan.resolve(self) if one.rule.trains and one.parameter.grad is None]
-        if not without:
-            return
-        said = (
-            f"No loss reached {len(without)} of the tensors that are to train in the first step, such as {without[0]}"
-        )
-        strategy = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
-            raise WlsupError(
-                f"{said}; the processes would wait for their gradients. Use --trainer.strategy "
-                "ddp_find_unused_parameters_true, or losses that reach them."
-            )
-        logger.warning("%s.", said)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take a step, and at once, before anything saves the weights, `after_step`."""
@@ -172,9 +137,9 @@ class Approach(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict:
         """One optimizer over the plan's groups, its schedule stepped every batch."""
-        optimizer = build_optimizer(self.optimizer_spec, self.plan.parameter_groups(self))
-        schedule = build_schedule(self.optimizer_spec, optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        made = build_optimizer(self.optimizer_spec, self.plan.parameter_groups(self))
+        schedule = build_schedule(self.optimizer_spec, made, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained tensors only, and say on what they stand."""

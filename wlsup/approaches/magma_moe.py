@@ -86,7 +86,7 @@ class MagmaMoE(Approach):
         encoder_lr: float = 2e-6,
     ) -> None:
         super().__init__(optimizer, regularizer)
-        _check(mixture, adapters, moe, every, noise)
+        _check(mixture, adapters, moe, every, noise, language.dtype)
         self.lr, self.weight_decay, self.encoder_lr, self.generation = lr, weight_decay, encoder_lr, generation
         self.moe = moe
         self.untouched = not encoder_lr
@@ -233,11 +233,15 @@ class MagmaMoE(Approach):
             self._attach()
 
 
-def _check(mixture: str, adapters: LanguageAdapterSpec, moe: MoESpec, every: int, noise: float) -> None:
+def _check(
+    mixture: str, adapters: LanguageAdapterSpec, moe: MoESpec, every: int, noise: float, dtype: str = "float32"
+) -> None:
     """Refuse, before weights are read, what cannot be or would do nothing."""
     choose("mixture", mixture, ("adapters", "ffn"))
     moe.check_causal()
     if mixture == "ffn" and adapters != LanguageAdapterSpec():
         raise WlsupError("mixture: ffn has no adapters: leave out what is set under model.adapters.")
+    if mixture == "ffn" and dtype != "float32":  # copies of its MLPs would train in half precision, without masters
+        raise WlsupError(f"mixture: ffn trains copies of the language model's MLPs: leave out language.dtype: {dtype}.")
     if mixture == "adapters" and (every != 2 or noise):
         raise WlsupError("every and noise are of mixture: ffn; with adapters there is a mixture in every block.")

@@ -217,12 +217,13 @@ class SelectiveK(Approach):
                     f"This checkpoint trained the groups {', '.join(selection['chosen'])}; the run has k = {self.k} of "
                     f"{', '.join(group.name for group in self.groups)}. Use the run's own config.yaml."
                 )
-            another = set(selection["chosen"]) != set(self.chosen)
+            another = set(selection["chosen"]) != set(self.chosen or ())
             self.chosen, self.scores = tuple(selection["chosen"]), dict(selection["scores"])
             self.plan.apply(self)
             self.train(self.training)
             if another and self.regularizer.forget():  # the checkpoint's weights are not there yet
-                self.begin_regularizer()
+                trained = {one.name: one.parameter for one in self.plan.resolve(self) if one.rule.trains}
+                self.regularizer.begin(self.features, self.pretrained, trained, self.image_spec.size)
         super().on_load_checkpoint(checkpoint)
 
     def _checked_k(self, k: int | None, named: Sequence[str]) -> int:

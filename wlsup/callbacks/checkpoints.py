@@ -119,6 +119,7 @@ class Checkpoints(Checkpoint):
         self._stopped: StoppedEarly | None = None
         self._ended: StoppedEarly | None = None  # what a signal after the last step raises
         self._first: Path | None = None  # of rank 0 the folder of checkpoints
+        self._had_folder = False
         self._process = os.getpid()
 
     @property
@@ -153,6 +154,7 @@ class Checkpoints(Checkpoint):
         if places and loop._combined_loader is not None:
             loop._combined_loader._load_state_dicts(places)
         self._saved, self._trained = time.monotonic(), True
+        self._had_folder = trainer.is_global_zero and not _is_gone(Path(trainer.default_root_dir))
         if trainer.world_size > 1:  # each rank found its checkpoint by itself
             first = trainer.strategy.broadcast((trainer.global_step, trainer.current_epoch))
             differs = tuple(first) != (trainer.global_step, trainer.current_epoch)
@@ -276,7 +278,7 @@ class Checkpoints(Checkpoint):
         return Path(trainer.default_root_dir) / "checkpoints" if self.folder is None else Path(self.folder)
 
     def _save(self, trainer: lightning.Trainer, *, needed: bool) -> Path:
-        removed = trainer.is_global_zero and _is_gone(Path(trainer.default_root_dir))
+        removed = self._had_folder and _is_gone(Path(trainer.default_root_dir))
         if trainer.world_size > 1:
             removed = trainer.strategy.broadcast(removed)  # the first rank has looked
         if removed:  # a checkpoint alone cannot go on, and nobody would look for it

@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from wlsup.errors import WlsupError
@@ -42,6 +43,9 @@ def spike_limit(losses: deque[float] | list[float], deviations: float) -> float:
 class Guards(Callback):
     """Skip steps whose loss or gradient is not finite, and count loss spikes; a healthy run is not changed by a bit.
 
+    After the first backward pass each tensor that is to train must have a gradient; otherwise it is told, or, where the
+    processes of DistributedDataParallel would wait for it, refused.
+
     A skipped step has its gradients removed before the optimizer sees them, so that neither weights nor moments change,
     not even by weight decay. It is decided after the ranks' gradients are averaged, alike on all of them. In
     ``16-mixed`` precision the gradient scaler skips steps of its own while it looks for its scale: those whose loss is
@@ -67,7 +71,7 @@ class Guards(Callback):
         self.skipped = self.spikes = self.scaled = self.in_a_row = 0
         self._recent: deque[float] = deque(maxlen=window)
         self._finite: Tensor | None = None  # of the losses since the last step
-        self._skipping = False
+        self._skipping = self._looked = False
 
     @property
     def results(self) -> dict[str, int]:
@@ -81,6 +85,27 @@ class Guards(Callback):
         """Note whether the loss is finite; with accumulation, of all batches of the step."""
         finite = torch.isfinite(loss.detach()).all()
         self._finite = finite if self._finite is None else self._finite & finite
+
+    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """See, once, that the loss reached each tensor that is to train.
+
+        Raises:
+            WlsupError: it did not, and the processes of the run would wait for one another's gradients.
+        """
+        plan = None if self._looked else getattr(pl_module, "plan", None)
+        self._looked = True
+        trained = [one for one in plan.resolve(pl_module) if one.rule.trains] if plan is not None else []
+        without = [one.name for one in trained if one.parameter.grad is None]
+        if not without:
+            return
+        said = f"No loss reached {len(without)} tensors that are to train in the first step, such as {without[0]}"
+        strategy = trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise WlsupError(
+                f"{said}; the processes would wait for their gradients. Use --trainer.strategy "
+                "ddp_find_unused_parameters_true, or losses that reach them."
+            )
+        logger.warning("%s.", said)
 
     @torch.no_grad()
     def on_before_optimizer_step(

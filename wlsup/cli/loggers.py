@@ -53,7 +53,7 @@ class _MetricsFile(CSVLogger):
     def _whole(self, writer: Any) -> Any:
         """Have a new column's file written beside the old one, which Lightning empties first."""
         if hasattr(writer, "_rewrite_with_new_header"):
-            writer._rewrite_with_new_header = partial(_rewrite, Path(self.log_dir) / "metrics.csv")
+            writer._rewrite_with_new_header = partial(_rewrite, writer, Path(self.log_dir) / "metrics.csv")
         return writer
 
 
@@ -72,14 +72,19 @@ def run_loggers(folder: Path, resumed_step: int | None) -> list[Logger]:
     ]
 
 
-def _rewrite(path: Path, columns: list[str]) -> None:
+def _rewrite(writer: Any, path: Path, columns: list[str]) -> None:
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        before, rows = list(reader.fieldnames or ()), list(reader)
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    table = csv.DictWriter(text, columns)
+    table.writeheader()
+    table.writerows(rows)
+    try:
+        write_text(path, text.getvalue())
+    except OSError:
+        writer.metrics_keys = before  # the columns are new when the rows are saved again, too
+        raise
 
 
 def _rows(path: Path, until: int) -> list[dict[str, str]]:

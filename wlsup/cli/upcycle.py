@@ -140,6 +140,7 @@ def _upcycle(options: argparse.Namespace) -> dict[str, Any]:
         k=options.k,
         combine=options.combine,
         capacity_factor=options.capacity,
+        hash_seed=options.seed if options.router == "hash" else 0,
     )
     clusters = ClusterSpec(energy=options.energy, tokens=options.tokens, seed=options.seed)
     model, kind = _open(options)

@@ -247,4 +247,5 @@ def _load(spec: LanguageSpec, family: str) -> nn.Module:
             f"The weights of {spec.weights!r} lack {len(lacking)} tensors of a {family}, first {lacking[0]!r}: the "
             "file is of another model, or incomplete. Copy it again."
         )
+    model.generation_config = transformers.GenerationConfig()  # a folder's own would change what greedy and beam mean
     return model.to(_DTYPES[spec.dtype])

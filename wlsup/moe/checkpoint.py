@@ -82,6 +82,8 @@ def save_moe(
             for name, value in tensors.items()
         }
     language, first = isinstance(model, LanguageModel), next(iter(layers.values()))
+    if other := next((name for name, layer in layers.items() if layer.spec != first.spec), None):
+        raise WlsupError(f"The MoE layers have different settings, first {other}; a checkpoint keeps one for all.")
     config = {
         "format": FORMAT,
         "version": 1,

@@ -252,7 +252,7 @@ class MoE(nn.Module):
                 probability=load,
                 entropy=entropy / number,
                 dropped=torch.zeros_like(load[0]),
-                max_logit=(logits.abs() * real[..., None]).amax(),
+                max_logit=_largest(logits.abs() * real[..., None]),
                 z=squares / number,
             )
         return torch.einsum("bsd,bls->bld", outputs, reading.to(outputs.dtype))
@@ -294,7 +294,7 @@ class MoE(nn.Module):
             probability=mean.detach(),
             entropy=(facts[3] / number).detach(),
             dropped=(facts[2] / (number if spec.router == "expert_choice" else choices)).detach(),
-            max_logit=(logits.detach().abs() * real[..., None]).amax(),
+            max_logit=_largest(logits.detach().abs() * real[..., None]),
             z=z.detach(),
         )
 
@@ -337,3 +337,7 @@ def update_biases(module: nn.Module, skipped: bool = False) -> None:
     for layer in module.modules():
         if isinstance(layer, MoE):
             layer.update_bias(skipped)
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.amax() if values.numel() else values.new_zeros(())

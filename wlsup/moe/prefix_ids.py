@@ -47,6 +47,6 @@ class PrefixTokenIds(TokenIds):
         """Return (B, P + T) ids where they are known."""
         if words == 0:
             return self.with_prefix(torch.empty(batch, 0, dtype=torch.int64, device=device))
-        if self._fed is not None and self._fed.shape == (batch, words):
-            return self.with_prefix(self._fed)
+        if self._fed is not None and self._fed.shape[1] == words and batch % len(self._fed) == 0:
+            return self.with_prefix(self._fed.repeat_interleave(batch // len(self._fed), 0))  # as beams do
         return None

@@ -73,7 +73,8 @@ def slots_of(real: int | Tensor, spec: MoESpec) -> Any:
     # Rounding errors must not add a slot.
     if isinstance(real, int):
         return max(1, math.ceil(real * factor - 1e-6))
-    return (real.double() * factor - 1e-6).ceil().clamp_min(1).to(torch.int64)
+    wide = torch.float32 if real.device.type == "mps" else torch.float64
+    return (real.to(wide) * factor - 1e-6).ceil().clamp_min(1).to(torch.int64)
 
 
 class TopKRouter(nn.Module):
