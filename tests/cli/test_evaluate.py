@@ -38,6 +38,7 @@ def run(tmp_path_factory, few_digits):
     folder = tmp_path_factory.mktemp("run")
     sets = json.dumps([{"name": "mini_digits", "kind": "imagefolder", "images": str(few_digits)}])
     options = ["--evaluation.metrics", json.dumps(list(METRICS)), "--evaluation.draws", "3", "--data.eval_sets", sets]
+    options += ["--knn.k", "10"]  # every figure of the run is of its own vote
     assert main([*FIT, "--run_dir", str(folder), *options]) == 0
     return folder
 

@@ -10,6 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from wlsup.cli import main
 
+from .conftest import fit
+
 pytestmark = pytest.mark.usefixtures("few_pictures")
 
 
@@ -30,6 +32,18 @@ def test_the_curve_ends_at_the_runs_own_figures(curve_run, curve):
     assert curve["start"]["checked"]
     for ending in ("png", "svg"):
         assert (curve_run / f"wise_ft.{ending}").stat().st_size > 1000
+
+
+def test_the_vote_is_the_runs_own(tmp_path):
+    options = ["--wise_ft.enabled", "true", "--wise_ft.alphas", "[0, 1]", "--knn.k", "10", "--knn.temperature", "0.1"]
+    fit("film", tmp_path, *options)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert main(["wise-ft", str(tmp_path), "--alphas", "0,1", "--out", str(tmp_path / "command")]) == 0
+    for folder in (tmp_path, tmp_path / "command"):
+        curve = json.loads((folder / "wise_ft.json").read_text())
+        assert "knn-dino:v1 cosine T=0.1 k=10 weighted" in curve["protocol"]
+        for name, entry in results["knn"].items():
+            assert curve["sets"][name]["accuracy"] == [entry["pretrained"], entry["finetuned"]]
 
 
 def test_tensorboard_shows_the_curve_the_picture_and_the_choice(curve_run, curve):

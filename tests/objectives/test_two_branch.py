@@ -47,8 +47,8 @@ def test_the_sum_is_weighted_and_a_weight_of_zero_leaves_the_branch_out(parts):
 
 def test_captions_reach_the_reconstruction_unless_dropped(parts):
     one, other = torch.randn(6, 12), torch.randn(6, 12)
-    told = [losses(parts, p, caption_dropout=0.0, contrastive_weight=0.0)["loss"] for p in (one, other)]
-    untold = [losses(parts, p, caption_dropout=1.0, contrastive_weight=0.0)["loss"] for p in (one, other)]
+    told = [losses(parts, p, caption_dropout=0.0)["reconstruction"] for p in (one, other)]
+    untold = [losses(parts, p, caption_dropout=1.0)["reconstruction"] for p in (one, other)]
     assert not torch.equal(told[0], told[1])
     assert torch.equal(untold[0], untold[1])
 

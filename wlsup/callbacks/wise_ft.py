@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from wlsup.batch import EvalSet
+from wlsup.callbacks.knn import KNN
 from wlsup.callbacks.progress import progress
 from wlsup.callbacks.run_folder import RunFolder
 from wlsup.callbacks.undisturbed import undisturbed
@@ -102,8 +103,8 @@ class WiseFT(Callback):
     Args:
         enabled: off by default: it costs as much as the k-NN of as many encoders as there are alphas.
         alphas: places on the line, 0 and 1 among them.
-        k: of the k-NN vote.
-        temperature: of the vote.
+        k: of the k-NN vote; None: the run's own, of its k-NN table.
+        temperature: of the vote; None: likewise.
         batch_size: pictures a forward pass.
         num_workers: loader processes.
         bootstrap_resamples: of the test pictures, for each change's 95 % interval.
@@ -114,15 +115,16 @@ class WiseFT(Callback):
         self,
         enabled: bool = False,
         alphas: Sequence[float] = ALPHAS,
-        k: int = 20,
-        temperature: float = 0.07,
+        k: int | None = None,
+        temperature: float | None = None,
         batch_size: int = 256,
         num_workers: int = 0,
         bootstrap_resamples: int = 10_000,
         probe: bool = False,
     ) -> None:
         self.enabled, self.alphas = enabled, check_alphas(alphas)
-        self.options: dict[str, Any] = {"k": k, "temperature": temperature, "batch_size": batch_size}
+        self.vote = {name: value for name, value in (("k", k), ("temperature", temperature)) if value is not None}
+        self.options: dict[str, Any] = {"batch_size": batch_size}
         self.options |= {"num_workers": num_workers, "resamples": bootstrap_resamples, "probe": probe}
         self.results: dict[str, Any] = {}
 
@@ -153,7 +155,9 @@ class WiseFT(Callback):
         state = pl_module.state_dict()
         end = {name: state[name].detach().clone() for name in pl_module.start.tensors}
         start = pl_module.start.tensors
-        self.results = curve_of_run(pl_module, start, end, sets, alphas=self.alphas, **self.options)
+        knn = next((one for one in trainer.callbacks if isinstance(one, KNN)), KNN())
+        options = self.options | {"k": knn.k, "temperature": knn.temperature} | self.vote
+        self.results = curve_of_run(pl_module, start, end, sets, alphas=self.alphas, **options)
         title = f"WiSE-FT: {pl_module.name}"
         for callback in trainer.callbacks:
             if isinstance(callback, RunFolder):

@@ -14,7 +14,7 @@ from typing import Any
 from wlsup.cli.earlier import left_as_it_is
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
-from wlsup.cli.recipes import holds_run
+from wlsup.cli.recipes import holds_run, knn_options
 from wlsup.errors import WlsupError
 
 __all__ = ["HELP", "run"]
@@ -115,11 +115,12 @@ def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> tuple
     eval_sets = data.eval_datasets()
     out = _out(folder, spec, [one.name for one in eval_sets], options)
     pretrained = untrained_run(folder)
-    before = {one.name: _judge(pretrained, one, spec, options) for one in eval_sets}
+    vote = knn_options(folder)
+    before = {one.name: _judge(pretrained, one, spec, options, vote) for one in eval_sets}
     del pretrained
     sets: dict[str, Any] = {}
     for one in eval_sets:
-        after = _judge(module, one, spec, options)
+        after = _judge(module, one, spec, options, vote)
         sets[one.name] = compare(before[one.name], after, spec, one.class_names, one.domain)
         if "zero_shot" in spec:
             prompts = read_prompts(one.name, options.templates)
@@ -176,7 +177,9 @@ def _evaluate_weights(spec: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {"protocol": protocols(spec, sets), "sets": sets}
 
 
-def _judge(module: Any, eval_set: Any, spec: Any, options: argparse.Namespace) -> Any:
+def _judge(
+    module: Any, eval_set: Any, spec: Any, options: argparse.Namespace, vote: dict[str, Any] | None = None
+) -> Any:
     import torch
 
     from wlsup.callbacks.evaluation import judged
@@ -185,4 +188,5 @@ def _judge(module: Any, eval_set: Any, spec: Any, options: argparse.Namespace) -
     if torch.cuda.is_available():
         module = module.to("cuda")
     bank, queries = features_of(module, eval_set, batch_size=options.batch_size, num_workers=options.workers)
-    return judged(module, eval_set, bank, queries, score_knn(bank, queries, len(eval_set.class_names)), spec)
+    found = score_knn(bank, queries, len(eval_set.class_names), **(vote or {}))
+    return judged(module, eval_set, bank, queries, found, spec)

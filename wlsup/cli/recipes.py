@@ -10,12 +10,18 @@ import yaml
 from wlsup.approaches import APPROACHES
 from wlsup.errors import WlsupError, choose
 
-__all__ = ["approach_named_in", "holds_run"]
+__all__ = ["approach_named_in", "holds_run", "knn_options"]
 
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder is a run's, with weights: it has a configuration and checkpoints."""
     return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+
+
+def knn_options(folder: Path) -> dict[str, Any]:
+    """Return k and temperature of a run's own k-NN, as far as its configuration names them."""
+    knn = _recipe(folder / "config.yaml").get("knn") or {}
+    return {name: knn[name] for name in ("k", "temperature") if name in knn}
 
 
 def approach_named_in(arguments: list[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from wlsup.cli.earlier import left_as_it_is
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
+from wlsup.cli.recipes import knn_options
 from wlsup.errors import WlsupError
 
 __all__ = ["HELP", "check_finished", "numbers", "run"]
@@ -117,6 +118,7 @@ def _curve(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], s
         end,
         data.eval_datasets(),
         alphas=alphas,
+        **knn_options(folder),
         probe=options.probe,
         batch_size=options.batch_size,
         num_workers=options.workers,
