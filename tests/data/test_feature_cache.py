@@ -63,7 +63,8 @@ def test_training_gives_the_same_as_without_the_cache_and_without_augmentation(l
     assert losses(lit, cached) == pytest.approx(losses(lit, uncached), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lit", "linear_map", "magma", "magma_moe"])
+@pytest.mark.usefixtures("few_mini_pictures")
+@pytest.mark.parametrize("name", ["lit", "linear_map", "magma", "magma_moe", "cross_modal_reprogramming"])
 def test_every_approach_that_reads_a_locked_encoder_has_the_same_loss_and_gradients(name):
     options = {"encoder_lr": 0.0} if name.startswith("magma") else {}
     torch.manual_seed(0)
@@ -71,6 +72,9 @@ def test_every_approach_that_reads_a_locked_encoder_has_the_same_loss_and_gradie
     module.setup("fit")
     module.train()
     data = data_for(module)
+    if name == "cross_modal_reprogramming":  # its classifier is fitted first
+        data.eval_sets = ["mini_shapes"]
+        module.prepare(data)
     (cached, *_), dataset = list(data.train_dataloader()), plain_dataset(data)
     position = {key: index for index, key in enumerate(dataset.keys)}
     uncached = dataset.__getitems__([position[key] for key in cached.keys])

@@ -117,6 +117,7 @@ class CrossModalReprogramming(Approach):
     name = "cross_modal_reprogramming"
     summary = "captions written into a frozen vision classifier's pixels or tokens, which then classifies them"
     untouched = True
+    cacheable = "pooled"  # nothing of a picture is looked at
 
     def __init__(
         self,

@@ -132,7 +132,7 @@ def cache_of(
         name = getattr(module, "name", "no approach")
         raise WlsupError(
             f"data.cache_features keeps what a frozen encoder makes of each picture; {name} trains the encoder, or "
-            "needs the pictures themselves. Set it to false, or use an approach that reads a locked encoder: lit."
+            "changes the pictures it sees. Set it to false, or use an approach that reads a locked encoder: lit."
         )
     _log.info("data.cache_features: the encoder runs once over %d pictures; there is no augmentation", len(dataset))
     cache = FeatureCache(module.cacheable)
