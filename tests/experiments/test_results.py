@@ -21,6 +21,14 @@ def script():
     return module
 
 
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(one) for one in value]
+    return float(f"{value:.10g}") + 0.0 if isinstance(value, float) else value
+
+
 def by_what(approach):
     (row,) = [row for row in TABLE["rows"] if row["approach"] == approach]
     return {entry["what"]: entry for entry in row["task"]["rows"]}
@@ -33,7 +41,7 @@ def test_the_tables_are_made_of_the_runs(script):
         runs = [script._read(file) for file in files]
         assert all((run["approach"], run["preset"], run["seed"]) == (approach, "mini", k) for k, run in enumerate(runs))
         rows.append(script.summarise(approach, runs))
-    assert json.loads(json.dumps(rows)) == TABLE["rows"]
+    assert rounded(rows) == rounded(TABLE["rows"])  # Student's t differs in the last digit from SciPy to SciPy
     timed = RESULTS / "train_seconds.json"
     walls = json.loads(timed.read_text())["seconds"] if timed.is_file() else None
     assert script.markdown(rows, {}, "mini", walls) == (RESULTS / "mini.md").read_text()
