@@ -8,7 +8,8 @@ has both branches, only the contrastive one runs, so that all rows encode the sa
 another objective run their own. Memory is the peak during forward and backward above what is held before (weights,
 optimizer states): resident memory on a CPU (Linux), allocated memory on a GPU. Peers: full fine-tuning, and peft's LoRA
 on the bare timm model. Bars: lst at most 0.18x the memory of full, adapters in the top four blocks 0.25x; a
-step on cached features at most 0.01x the time of one without (linear_map cannot: its language model runs every time).
+step on cached features at most 0.01x the time of one without. linear_map's language model runs in both: the mini one's
+forward and backward take 0.20 GFLOP a picture, ViT-S/16's forward 8.5, ViT-B/16's 34, so that it cannot meet it on S.
 Checkpointed: with --model.encoder.gradient_checkpointing true.
 """
 
@@ -167,6 +168,7 @@ def measure(name: str, batch: int, steps: int, encoder: str = "S", precision: st
     dtype = PRECISIONS[precision]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     memory, peaks, times = PeakMemory(device), [], []
+    steps = max(steps, 10) if name in CACHED else steps  # they are short, and the first few not at their speed
     for _ in range(1 + steps):
         optimizer.zero_grad(set_to_none=True)
         begin = time.process_time() if device.type == "cpu" else time.perf_counter()
@@ -240,7 +242,7 @@ def main() -> int:
         if name in by_name and base in by_name:
             row = by_name[name]
             row["time_of_uncached"] = by_name[base]["pictures_per_second"] / row["pictures_per_second"]
-            row["met"] = row["time_of_uncached"] <= CACHED_BAR if base == "lit" else None
+            row["met"] = row["time_of_uncached"] <= CACHED_BAR
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU, 1 thread"
     report = {"encoder": options.encoder, "precision": options.precision, "batch": options.batch, "steps": steps,
               "torch": torch.__version__, "device": device, "rows": rows}  # fmt: skip
@@ -260,8 +262,7 @@ def main() -> int:
                 f"{row['peak_mib']:9.0f} {row['memory_of_full']:7.3f}x {bar:>6} {row['trained']:11,}"
             )
         for row in (by_name[name] for name in CACHED if "time_of_uncached" in by_name.get(name, {})):
-            verdicts = {True: "met", False: "MISSED", None: "out of reach, its language model runs every time"}
-            verdict = verdicts[row["met"]]
+            verdict = "met" if row["met"] else "MISSED"
             print(f"\na step of {row['name'].replace(', cached', '')} on cached features takes "
                   f"{row['time_of_uncached']:.4f}x the time of one without; bar {CACHED_BAR}: {verdict}")  # fmt: skip
     return 1 if any("error" in row or row.get("met") is False for row in rows) else 0

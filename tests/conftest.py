@@ -35,12 +35,16 @@ def shared_data():
 
 @pytest.fixture(scope="session")
 def in_processes():
-    """Run ``work(rank, world, folder)``, a function of a test module, in so many processes, and wait for them."""
+    """Run ``work(rank, world, folder)``, a function of a test module, in so many processes, and wait for them.
+
+    They are forked from a server that has imported what all of them need, which takes longer than most of the tests.
+    """
+    mp.get_context("forkserver").set_forkserver_preload(["wlsup.cli.configuration", "wlsup.data.datamodule"])
 
     def run(work, world, folder, timeout):
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(ROOT)  # where the processes find the test's module, under its full name
-            context = mp.spawn(work, (world, str(folder)), nprocs=world, join=False)
+            context = mp.start_processes(work, (world, str(folder)), world, join=False, start_method="forkserver")
         deadline = time.monotonic() + timeout
         try:
             while not context.join(timeout=1):

@@ -206,7 +206,7 @@ class TestContractInTraining:
             part = "contrastive" if "contrastive" in losses[0] else "loss"
             return losses[-1][part] < losses[0][part] - 0.5
 
-        batch = noise_batch(generator=torch.Generator().manual_seed(2))
+        batch = noise_batch(8, torch.Generator().manual_seed(2))
         assert learned(train(approach, 40, lr=3e-3, make=lambda generator: batch, until=learned))
 
     def test_every_regularizer_works_by_one_option(self, name):

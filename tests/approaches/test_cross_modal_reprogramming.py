@@ -113,7 +113,7 @@ def test_the_random_network_gets_the_same_captions_and_the_same_start(monkeypatc
         approach.net.program.weight.add_(1.0)
     seen = []
 
-    def record(parts, plan, optimizer, trainer, loss):
+    def record(parts, plan, optimizer, trainer, ema, loss):
         assert torch.equal(parts["program"].weight, start)
         seen.extend(loss(step).item() for step in range(trainer.global_step))
 
@@ -133,7 +133,7 @@ def test_where_steps_are_of_several_micro_batches_so_are_those_of_the_random_net
         approach.losses(batch(captions))
     seen = []
 
-    def record(parts, plan, optimizer, trainer, loss):
+    def record(parts, plan, optimizer, trainer, ema, loss):
         monkeypatch.setattr(approach, "_losses", lambda net, captions: {"loss": seen.append(captions)})
         for step in range(trainer.global_step):
             loss(step)

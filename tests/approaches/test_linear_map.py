@@ -6,20 +6,23 @@ import torch
 
 from wlsup.approaches.linear_map import LinearMap, _Control
 from wlsup.batch import CaptionBatch
+from wlsup.callbacks.ema import EMA
 from wlsup.callbacks.keyed_randomness import KeyedRandomness
 from wlsup.data.datamodule import CaptionDataModule
 from wlsup.models.language import LanguageSpec
 from wlsup.models.prefix import PrefixSpec
+from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec
 
 PREFIX = PrefixSpec(layer_norm=False, pool=4, dropout=0.0)
 
 
-def fit(epochs=2, prefix=PREFIX, validation_pairs=16, cache_features=False, **options):
+def fit(epochs=2, prefix=PREFIX, validation_pairs=16, cache_features=False, ema=0.0, **options):
     torch.manual_seed(0)
     approach = LinearMap(
-        prefix=prefix, lr=1e-2, optimizer=OptimizerSpec(warmup_fraction=0.2), language=LanguageSpec(max_length=24)
-    )
+        prefix=prefix, lr=1e-2, optimizer=OptimizerSpec(warmup_fraction=0.2), language=LanguageSpec(max_length=24),
+        regularizer=RegularizerSpec(ema=ema),
+    )  # fmt: skip
     data = CaptionDataModule(
         pairs=96, validation_pairs=validation_pairs, batch_size=16, eval_sets=[], cache_features=cache_features
     )
@@ -32,7 +35,7 @@ def fit(epochs=2, prefix=PREFIX, validation_pairs=16, cache_features=False, **op
         enable_model_summary=False,
         num_sanity_val_steps=0,
         gradient_clip_val=0.1,
-        callbacks=[KeyedRandomness(0)],
+        callbacks=[EMA(), KeyedRandomness(0)],
         **options,
     )
     trainer.fit(approach, data)
@@ -66,8 +69,10 @@ def test_the_comparison_takes_the_runs_own_steps_on_the_runs_own_batches(run):
         assert not torch.allclose(approach._initial[name], tensor, atol=1e-3), name
 
 
-@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 4}, {"limit_train_batches": 3}, {"max_steps": 7}])
-def test_also_when_steps_and_batches_are_not_one_to_one(options):
+@pytest.mark.parametrize(
+    "options", [{"accumulate_grad_batches": 4}, {"limit_train_batches": 3}, {"max_steps": 7}, {"ema": 0.9}]
+)
+def test_also_when_steps_and_batches_are_not_one_to_one_and_when_weights_are_averaged(options):
     approach, data = fit(**options)
     control = _Control(approach, approach._see)
     approach._train_controls({"itself": control}, data)

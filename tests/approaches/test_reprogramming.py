@@ -99,7 +99,7 @@ def test_the_measure_compares_with_chance_no_program_and_a_random_network_of_the
     after, calls = approach.net.program.weight.detach().clone(), []
     monkeypatch.setattr(
         "wlsup.approaches.reprogramming.train_alike",
-        lambda parts, plan, optimizer, trainer, loss, after: calls.append(
+        lambda parts, plan, optimizer, trainer, ema, loss, after: calls.append(
             (parts[0].weight.clone(), trainer.global_step)
         ),
     )

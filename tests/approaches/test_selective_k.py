@@ -1,5 +1,7 @@
 """selective_k: k = 0 is frozen, k = all is full, the choice is remembered, and the same on every rank."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -110,24 +112,18 @@ def test_the_scores_are_reported():
     assert [row["what"] for row in task["rows"]][-1] == "norm (trained)"
 
 
-def _rank(rank, world, path, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+def _rank(rank, world, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.manual_seed(0)
     approach = SelectiveK(k=2, criterion="rgn")
     approach.select(batches(2)[rank : rank + 1])  # each rank its own share
-    queue.put((rank, approach.chosen, approach.scores))
+    torch.save((approach.chosen, approach.scores), Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.multiprocess
-def test_every_rank_chooses_the_same(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_rank, args=(rank, 2, tmp_path / "store", queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    (_, one, scores), (_, other, same) = (queue.get(timeout=240) for _ in workers)
-    for worker in workers:
-        worker.join()
+def test_every_rank_chooses_the_same(in_processes, tmp_path):
+    in_processes(_rank, 2, tmp_path, 240)
+    (one, scores), (other, same) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert one == other
     assert scores == same

@@ -16,7 +16,7 @@ SLURM = ("sbatch", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--c
 @pytest.mark.parametrize(
     ("approach", "submit", "script", "args"),
     [
-        ("film", ("bsub", "-nnodes", "2", "-o"), "lsf/summit.lsf", ""),
+        ("film", ("bsub", "-nnodes", "2", "-o"), "lsf/summit.lsf", " --data.eval_sets [] --data.pairs 32"),
         ("magma_moe", ("bsub", "-nnodes", "2", "-o"), "lsf/summit_moe.lsf", MIXTURE),
         ("film", SLURM, "slurm/wlsup.sbatch", " --data.eval_sets [] --data.pairs 32"),
     ],

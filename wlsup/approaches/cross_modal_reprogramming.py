@@ -335,6 +335,7 @@ class CrossModalReprogramming(Approach):
                 TrainPlan([Train("*", self.lr)]),
                 self.optimizer_spec,
                 trainer,
+                self.regularizer.spec.ema,
                 # A resumed run no longer has the captions from before: it goes round those that it has.
                 lambda step: self._losses(net, steps[step % len(steps)])["loss"],
             )

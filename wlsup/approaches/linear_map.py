@@ -29,6 +29,7 @@ from wlsup.objectives.held_out_captions import (
     next_picture,
     said_lines,
 )
+from wlsup.objectives.moving_average import MovingAverage
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
 from wlsup.plan import Freeze, Train, TrainPlan
@@ -221,6 +222,8 @@ class LinearMap(Approach):
                         front = control.map(control.see(part), self.encoder.grid_size)
                         (prefix_captioning_loss(self.language, front, captions) / len(parts)).backward()
                     control.step(trainer.gradient_clip_val)
+        for control in controls.values():
+            control.average.show()
 
 
 class _Control:
@@ -240,6 +243,7 @@ class _Control:
         self.optimizer = build_optimizer(approach.optimizer_spec, groups)
         steps = int(approach.trainer.estimated_stepping_batches)
         self.schedule = build_schedule(approach.optimizer_spec, self.optimizer, steps)
+        self.average = MovingAverage(self.map.parameters(), approach.regularizer.spec.ema)
 
     def step(self, clip: float | None) -> None:
         """Take one step with the gradients that are there."""
@@ -248,6 +252,7 @@ class _Control:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
+        self.average.update()
 
 
 def _run_batches(trainer: Any, datamodule: Any) -> Iterator[list[CaptionBatch]]:

@@ -283,6 +283,7 @@ class ReprogrammingApproach(Approach):
                 TrainPlan([Train("*", self.lr)]),
                 self.optimizer_spec,
                 trainer,
+                self.regularizer.spec.ema,
                 lambda step: self._losses(net, count)["loss"],
                 choose_at_epoch_end,
             )

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from wlsup.errors import WlsupError
+from wlsup.objectives.moving_average import growing_decay
 
 __all__ = ["EMA"]
 
@@ -62,7 +63,7 @@ class EMA(Callback):
         if not self.decay or trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        decay = growing_decay(self.decay, self.steps)
         self.steps += 1
         for name, parameter in _trained(pl_module).items():
             self._average[name].lerp_(parameter.detach(), 1 - decay)
