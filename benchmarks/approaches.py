@@ -8,8 +8,9 @@ has both branches, only the contrastive one runs, so that all rows encode the sa
 another objective run their own. Memory is the peak during forward and backward above what is held before (weights,
 optimizer states): resident memory on a CPU (Linux), allocated memory on a GPU. Peers: full fine-tuning, and peft's LoRA
 on the bare timm model. Bars: lst at most 0.18x the memory of full, adapters in the top four blocks 0.25x; a
-step on cached features at most 0.01x the time of one without. linear_map's language model runs in both: the mini one's
-forward and backward take 0.20 GFLOP a picture, ViT-S/16's forward 8.5, ViT-B/16's 34, so that it cannot meet it on S.
+step on cached features at most 0.01x the time of one without, both timed apart from memory: to have it counted, freed
+memory is given back at once, which costs a short step half its time. linear_map's language model runs in both: the mini
+one's forward and backward take 0.20 GFLOP a picture, ViT-S/16's forward 8.5, ViT-B/16's 34: on S it cannot meet it.
 Checkpointed: with --model.encoder.gradient_checkpointing true.
 """
 
@@ -156,8 +157,10 @@ def peer_steps(batch: int, device: torch.device, encoder: str) -> tuple[Callable
     return loss, optimizer, counts
 
 
-def measure(name: str, batch: int, steps: int, encoder: str = "S", precision: str = "32") -> dict[str, Any]:
-    """Time and weigh one approach in this process."""
+def measure(
+    name: str, batch: int, steps: int, encoder: str = "S", precision: str = "32", weigh: bool = True
+) -> dict[str, Any]:
+    """Time one approach in this process, and weigh it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -172,11 +175,12 @@ def measure(name: str, batch: int, steps: int, encoder: str = "S", precision: st
     for _ in range(1 + steps):
         optimizer.zero_grad(set_to_none=True)
         begin = time.process_time() if device.type == "cpu" else time.perf_counter()
-        memory.start()
+        if weigh:
+            memory.start()
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             loss = loss_of()
         scaler.scale(loss).backward()
-        peaks.append(memory.stop())
+        peaks.append(memory.stop() if weigh else 0.0)
         scaler.step(optimizer)
         scaler.update()
         del loss
@@ -192,11 +196,12 @@ def measure(name: str, batch: int, steps: int, encoder: str = "S", precision: st
     }
 
 
-def run_apart(name: str, batch: int, steps: int, encoder: str, precision: str) -> dict[str, Any]:
+def run_apart(name: str, batch: int, steps: int, encoder: str, precision: str, weigh: bool = True) -> dict[str, Any]:
     """Measure one approach in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"} if weigh else {}
     command = [sys.executable, __file__, "--one", name, "--batch", str(batch), "--steps", str(steps)]
-    command += ["--encoder", encoder, "--precision", precision]
+    command += ["--encoder", encoder, "--precision", precision, *([] if weigh else ["--only-time"])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         return {"name": name, "error": (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]}
@@ -214,10 +219,12 @@ def main() -> int:
     parser.add_argument("--encoder", choices=ENCODERS, default="S", help="ViT-S/16 (default) or ViT-B/16")
     parser.add_argument("--precision", choices=PRECISIONS, default="32", help="of autocast (default: 32, none)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--only-time", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     steps = options.steps or (1 if options.quick else 3)
     if options.one:
-        print(json.dumps(measure(options.one, options.batch, steps, options.encoder, options.precision)))
+        weigh = not options.only_time
+        print(json.dumps(measure(options.one, options.batch, steps, options.encoder, options.precision, weigh)))
         return 0
     every = ["full", PEER, *(name for name in APPROACHES if name != "full"), *VARIANTS, *CACHED]
     asked = options.only or (QUICK if options.quick else every)
@@ -241,7 +248,13 @@ def main() -> int:
         base = name.removesuffix(", cached")
         if name in by_name and base in by_name:
             row = by_name[name]
-            row["time_of_uncached"] = by_name[base]["pictures_per_second"] / row["pictures_per_second"]
+            apart = [
+                run_apart(one, options.batch, steps, options.encoder, options.precision, False) for one in (name, base)
+            ]
+            if failed := next((one["error"] for one in apart if "error" in one), None):
+                row["error"] = failed
+                continue
+            row["time_of_uncached"] = apart[1]["pictures_per_second"] / apart[0]["pictures_per_second"]
             row["met"] = row["time_of_uncached"] <= CACHED_BAR
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU, 1 thread"
     report = {"encoder": options.encoder, "precision": options.precision, "batch": options.batch, "steps": steps,

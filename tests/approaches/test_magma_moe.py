@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from tiny_language import write_family  # noqa: E402
 
 CAPTIONS = ["a red square left of a circle", "a kite", "a large blue dome on sand", "two stars"]
+WORDS = ("square", "circle", "star", "ring", "sand", "grass", "water", "brick")
 SHORT = PrefixSpec(pool=4, dropout=0.0)
 WIDTH, BLOCKS = 128, 4
 ROUTERS = ("top_k", "noisy_top_k", "hash")
@@ -128,7 +129,7 @@ class TestWhatTrains:
     def test_options_of_the_other_mixture_are_refused(self):
         with pytest.raises(WlsupError, match="ffn has no adapters"):
             MagmaMoE(mixture="ffn", adapters=LanguageAdapterSpec(factor=8))
-        for options in ({"every": 1}, {"noise": 0.1}):
+        for options in ({"every": 1}, {"noise": 0.1}, {"cluster_energy": 0.9}):
             with pytest.raises(WlsupError, match=r"are of mixture: ffn"):
                 MagmaMoE(**options)
         with pytest.raises(WlsupError, match="leave out language.dtype: float16"):  # copies would train in it
@@ -175,6 +176,30 @@ class TestStep0:
                     assert (draws.corrcoef() - torch.eye(4)).abs().max() < 0.1  # each expert its own
                 else:
                     assert torch.equal(copies, dense.expand_as(copies))
+
+    @pytest.mark.parametrize("energy", [1.0, 0.9])
+    def test_clusters_of_the_runs_captions_set_routers_and_part_the_copies(self, energy):
+        approach = make(mixture="ffn", cluster_energy=energy)
+        dense = {n: p.clone() for n, p in approach.language.named_parameters()}
+        approach.part_experts(f"a red {one} on {other}" for one in WORDS for other in WORDS)
+        for layer in layers(approach):
+            assert torch.allclose(layer.router.weight.norm(dim=1), torch.ones(4))  # unit centroids
+            one, other = (layer.experts[i].c_fc.weight for i in (0, 1))
+            assert torch.equal(one, other) == (energy == 1)
+        weight = approach.language.blocks[1].mlp.c_fc.weight
+        assert torch.equal(layers(approach)[0].experts[0].c_fc.weight, weight) == (energy == 1)
+        assert all(torch.equal(p, dense[n]) for n, p in approach.language.named_parameters())
+
+    def test_clusters_come_before_noise_and_what_cannot_be_is_refused(self):
+        approach = make(mixture="ffn", cluster_energy=1.0, noise=0.1)
+        approach.part_experts(iter(CAPTIONS * 20))
+        dense = approach.language.blocks[1].mlp.c_fc.weight
+        for expert in layers(approach)[0].experts:
+            assert float(((expert.c_fc.weight - dense) / dense.std()).std()) == pytest.approx(0.1, rel=0.05)
+        with pytest.raises(WlsupError, match="between 0 .no clusters. and 1"):
+            MagmaMoE(mixture="ffn", cluster_energy=1.5)
+        with pytest.raises(WlsupError, match="which hash routing does not have"):
+            MagmaMoE(mixture="ffn", cluster_energy=0.9, moe=MoESpec(router="hash"))
 
     def test_with_zero_up_experts_captioning_moves_experts_at_once_and_the_router_a_step_later(self, batch):
         spec = MoESpec(experts=4, k=2, balance="none", z_weight=0.0)

@@ -52,6 +52,10 @@ class TestFamilies:
         assert torch.allclose(ours, own, atol=1e-5)
         assert torch.allclose(last, own[:, -3:], atol=1e-5)
         assert last.shape == (2, 3, language.vocabulary)
+        # whose tanh GELU takes eight elementwise steps
+        assert not any(
+            type(part).__name__ in ("NewGELUActivation", "FastGELUActivation") for part in language.modules()
+        )
 
     def test_what_is_padding_changes_nothing(self, folders, family):
         language = open_family(folders, family)

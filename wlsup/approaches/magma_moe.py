@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
@@ -18,11 +19,12 @@ from wlsup.models.language import GenerationSpec, LanguageModel, LanguageSpec
 from wlsup.models.prefix import ImagePrefix, PrefixSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
 from wlsup.moe import MoE, auxiliary_losses, token_frequencies, update_biases
+from wlsup.moe.cluster import ClusterSpec, activations, specialise
 from wlsup.moe.hashing import HashRouter, balanced_table
 from wlsup.moe.prefix_ids import PrefixTokenIds
 from wlsup.moe.sites import choose_blocks
 from wlsup.moe.spec import MoESpec
-from wlsup.moe.upcycle import UpcycledMLPs
+from wlsup.moe.upcycle import UpcycledMLPs, add_noise
 from wlsup.objectives.captioning import prefix_captioning_loss
 from wlsup.objectives.held_out_captions import captioner_task
 from wlsup.objectives.regularizers import RegularizerSpec
@@ -30,6 +32,8 @@ from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
 
 __all__ = ["MagmaMoE"]
+
+_log = logging.getLogger("wlsup")
 
 
 class MagmaMoE(Approach):
@@ -53,6 +57,8 @@ class MagmaMoE(Approach):
             run's own captions.
         every: of ``ffn``: the last of every so many blocks; 1: all.
         noise: of ``ffn``: standard deviation of noise on the copies, relative to their own; ends the identity.
+        cluster_energy: of ``ffn``: the share of spectral energy that each expert keeps on its own cluster of what the
+            MLP reads of the run's captions (`moe.cluster`); nearly ends the identity. 0: copies, and no clusters.
         generation: how captions are put into words.
         optimizer: optimizer and schedule.
         regularizer: what holds the encoder near the pretrained one.
@@ -78,6 +84,7 @@ class MagmaMoE(Approach):
         moe: MoESpec = MoESpec(experts=4, k=2),
         every: int = 2,
         noise: float = 0.0,
+        cluster_energy: float = 0.0,
         generation: GenerationSpec = GenerationSpec(),
         optimizer: OptimizerSpec = OptimizerSpec(betas=(0.9, 0.95)),
         regularizer: RegularizerSpec = RegularizerSpec(),
@@ -86,9 +93,9 @@ class MagmaMoE(Approach):
         encoder_lr: float = 2e-6,
     ) -> None:
         super().__init__(optimizer, regularizer)
-        _check(mixture, adapters, moe, every, noise, language.dtype)
+        _check(mixture, adapters, moe, every, noise, cluster_energy, language.dtype)
         self.lr, self.weight_decay, self.encoder_lr, self.generation = lr, weight_decay, encoder_lr, generation
-        self.moe = moe
+        self.moe, self.noise, self.cluster_energy = moe, noise, cluster_energy
         self.untouched = not encoder_lr
         self.cacheable = "tokens" if self.untouched else ""
         self.vision = build_vision(encoder)
@@ -108,7 +115,12 @@ class MagmaMoE(Approach):
         else:
             chosen = choose_blocks(len(self.language.blocks), every)
             self.mixtures = UpcycledMLPs(
-                self.language, chosen, moe, noise=noise, token_ids=self.token_ids, frequencies=unknown
+                self.language,
+                chosen,
+                moe,
+                noise=0.0 if cluster_energy else noise,  # clusters are made of the dense MLP: noise comes after them
+                token_ids=self.token_ids,
+                frequencies=unknown,
             )
         self.token_ids.follow(self.language.model)
         self._attach()
@@ -137,10 +149,11 @@ class MagmaMoE(Approach):
         return {**super().bases, "language": self.language.base}
 
     def setup(self, stage: str) -> None:
-        """Follow the plan; make the balanced hash of the run's captions. A checkpoint, loaded later, has its own."""
-        super().setup(stage)
+        """Follow the plan; make the balanced hash, or clusters, of the run's captions. A checkpoint has its own."""
         if self._trainer is not None and hasattr(self._trainer.datamodule, "captions"):
             self.count_words(chain.from_iterable(self._trainer.datamodule.captions))
+            self.part_experts(chain.from_iterable(self._trainer.datamodule.captions))
+        super().setup(stage)
 
     def count_words(self, captions: Iterator[str]) -> None:
         """Make the balanced hash's tables of how often each id occurs; with other routers, do nothing.
@@ -156,6 +169,24 @@ class MagmaMoE(Approach):
         table = balanced_table(frequencies, self.moe.experts, self.moe.k, self.moe.hash_seed)
         for router in routers:
             router.table.copy_(table)
+
+    def part_experts(self, captions: Iterator[str]) -> None:
+        """Make the copies differ, each for its own cluster of what its MLP reads; without `cluster_energy` do nothing.
+
+        Args:
+            captions: of the training pairs; the first of them are read, until there are tokens enough.
+        """
+        if not self.cluster_energy:
+            return
+        spec = ClusterSpec(energy=self.cluster_energy)
+        texts = (self.language.tokenizer(some) for some in iter(lambda: list(islice(captions, 64)), []))
+        with self._without():
+            batches = ((text.ids, text.mask) for text in texts)
+            read = activations(self.language, self.mixtures.blocks, batches, spec.tokens)
+        for layer, (name, inputs) in zip(self.mixtures.layers.values(), read.items(), strict=True):
+            report = specialise(layer, inputs, spec)
+            _log.info("magma_moe: experts of %s by clusters, relative error %.3f on captions", name, report.error)
+        add_noise((expert for layer in self.mixtures.layers.values() for expert in layer.experts), self.noise)
 
     @property
     def shardable(self) -> list[nn.Module]:
@@ -234,7 +265,7 @@ class MagmaMoE(Approach):
 
 
 def _check(
-    mixture: str, adapters: LanguageAdapterSpec, moe: MoESpec, every: int, noise: float, dtype: str = "float32"
+    mixture: str, adapters: LanguageAdapterSpec, moe: MoESpec, every: int, noise: float, energy: float, dtype: str
 ) -> None:
     """Refuse, before weights are read, what cannot be or would do nothing."""
     choose("mixture", mixture, ("adapters", "ffn"))
@@ -243,5 +274,11 @@ def _check(
         raise WlsupError("mixture: ffn has no adapters: leave out what is set under model.adapters.")
     if mixture == "ffn" and dtype != "float32":  # copies of its MLPs would train in half precision, without masters
         raise WlsupError(f"mixture: ffn trains copies of the language model's MLPs: leave out language.dtype: {dtype}.")
-    if mixture == "adapters" and (every != 2 or noise):
-        raise WlsupError("every and noise are of mixture: ffn; with adapters there is a mixture in every block.")
+    if mixture == "adapters" and (every != 2 or noise or energy):
+        raise WlsupError(
+            "every, noise and cluster_energy are of mixture: ffn; with adapters there is a mixture in every block."
+        )
+    if not 0 <= energy <= 1:
+        raise WlsupError(f"cluster_energy is a share of energy, between 0 (no clusters) and 1; given was {energy:g}.")
+    if energy and moe.router == "hash":
+        raise WlsupError("Clusters set the router's weights, which hash routing does not have: leave one of them out.")
