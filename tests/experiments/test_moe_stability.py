@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ class TestBroken:
         assert study.broke(a_run(last=2.5)) == "not below its start"
         assert study.broke(a_run(dead=16)) == ""
         assert study.broke(a_run(dead=17)) == "dead experts"
+        # of upcycled MLPs the dense model is what is to be beaten, wherever the run began
+        assert study.broke(a_run(first=4.5, last=2.4, dense=2.3)) == "not below the dense model"
+        assert study.broke(a_run(first=4.5, last=2.2, dense=2.3)) == ""
 
     def test_a_number_that_json_does_not_know_is_none(self, study):
         assert study._number(math.nan) is None
@@ -47,7 +51,7 @@ class TestSummary:
     def test_shares_means_and_paired_differences(self, study):
         runs = [a_run(seed=seed, last=2.0 + 0.1 * seed) for seed in range(3)]
         runs += [a_run("no measure", seed, last=last) for seed, last in enumerate([2.2, 2.6, None])]
-        every, none = study.summary(runs)
+        every, none = study.summary(study.ADAPTERS, runs)
         assert (every["broken"], every["why"], every["difference"]) == (0, [], None)
         assert (none["broken"], none["why"]) == (2, ["not below its start", "not finite"])
         assert none["loss"][0] == pytest.approx(2.4)
@@ -64,16 +68,20 @@ class TestSummary:
         runs = [a_run(seed=seed, last=2.3 + 0.01 * seed) for seed in range(3)]
         runs += [a_run("no measure", seed, last=2.0 + 0.01 * seed) for seed in range(3)]
         runs += [a_run("without jitter", seed, last=2.1 + 0.01 * seed) for seed in range(3)]
-        said = "\n".join(study.findings(study.summary(runs)))
+        said = "\n".join(study.findings(study.summary(study.ADAPTERS, runs)))
         assert "higher in 0, lower in 1, and not distinguishable in 0" in said
         assert "without jitter, in the harsh cell: the final loss is lower (-0.200" in said
 
     def test_table_and_picture_are_of_the_runs(self, study, tmp_path):
         runs = [a_run(arm, seed) for arm in study.ARMS for seed in range(2)] + [a_run("no measure", 2, last=None)]
-        record = {"command": "c", "settings": {"steps": 1, "batch_size": 2, "pairs": 8, "held_out": 4}, "runs": runs}
+        record = {
+            "command": "c",
+            "settings": {"mixture": "adapters", "steps": 1, "batch_size": 2, "pairs": 8, "held_out": 4},
+            "runs": runs,
+        }
         study.write(record, tmp_path / "study")
         read = json.loads((tmp_path / "study.json").read_text())
-        assert read["summary"] == study.summary(read["runs"])
+        assert read["summary"] == study.summary(study.ADAPTERS, read["runs"])
         page = study.markdown(read)
         assert "| top_k | 0.02 | 0.1 | no measure | 1/3 | not finite |" in page
         study.draw(read, tmp_path / "study.png")
@@ -89,8 +97,8 @@ class TestArms:
 
     def test_measures_are_what_is_built(self, study):
         torch.manual_seed(0)
-        with_all = study.build(study.Measures(), "top_k", 0.02, 1e-3)
-        without = study.build(study.NONE, "noisy_top_k", 0.5, 1e-3)
+        with_all = study.build("adapters", study.Measures(), "top_k", 0.02, 1e-3)
+        without = study.build("adapters", study.NONE, "noisy_top_k", 0.5, 1e-3)
         for layer in study.moe_layers(with_all):
             spec = layer.spec
             assert (spec.router_dtype, spec.z_weight, spec.balance, spec.jitter) == ("float32", 1e-3, "loss", 1e-2)
@@ -103,12 +111,28 @@ class TestArms:
             assert all(expert.up.weight.any() for expert in layer.experts)
             assert float(layer.router.weight.detach().std()) == pytest.approx(0.5, rel=0.1)
 
+    def test_upcycled_mlps_are_copies_and_without_the_start_weighted_by_the_probability(self, study):
+        torch.manual_seed(0)
+        for measures, combine in ((study.Measures(), "straight_through"), (study.NONE, "raw")):
+            approach = study.build("ffn", measures, "top_k", 0.02, 1e-3)
+            layers = study.moe_layers(approach)
+            assert len(layers) == len(approach.language.blocks)
+            for layer, block in zip(layers, approach.language.blocks, strict=True):
+                assert layer.router.spec.combine == combine
+                x = torch.randn(2, 5, 128)
+                with approach._without(), torch.no_grad():
+                    dense = block.mlp(x)
+                with torch.no_grad():
+                    mixed = layer.eval()(x)
+                share = float(mixed.norm() / dense.norm())
+                assert share == pytest.approx(1.0, abs=1e-5) if combine != "raw" else 0.1 < share < 0.2
+
     def test_what_lacks_is_what_is_not_there(self, study):
-        every = study.lacking([], 2)
-        assert len(every) == len(set(every)) == 2 * len(list(study.cells()))
+        every = study.lacking(study.ADAPTERS, [], 2)
+        assert len(every) == len(set(every)) == 2 * len(list(study.cells(study.ADAPTERS)))
         assert [key[-1] for key in every] == sorted(key[-1] for key in every)
-        assert (study.HARSH[0], study.HARSH[1], study.HARSH[2]) in {key[1:4] for key in every}
-        left = study.lacking([a_run()], 2)
+        assert study.ADAPTERS.harsh in {key[1:4] for key in every}
+        left = study.lacking(study.ADAPTERS, [a_run()], 2)
         assert set(every) - set(left) == {("all measures", "top_k", 0.02, 1e-1, 0)}
 
 
@@ -117,7 +141,7 @@ def test_the_same_seed_gives_the_same_run(study, monkeypatch):
     monkeypatch.setattr(study, "HELD_OUT", 16)
     study.pairs.cache_clear()
     threads = torch.get_num_threads()
-    one, again, other = (study.run("no measure", "top_k", 0.5, 1e-2, seed, 3, 8) for seed in (0, 0, 1))
+    one, again, other = (study.run("adapters", "no measure", "top_k", 0.5, 1e-2, seed, 3, 8) for seed in (0, 0, 1))
     torch.set_num_threads(threads)
     study.pairs.cache_clear()
     assert one["last"] != one["first"]
@@ -131,7 +155,9 @@ def test_it_runs_and_goes_on_where_it_stopped(study, tmp_path, monkeypatch, caps
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.setattr(study, "ROUTERS", ("top_k",))
     monkeypatch.setattr(study, "SCALES", (0.02,))
-    monkeypatch.setattr(study, "RATES", (1e-1,))
+    small = replace(study.ADAPTERS, rates=(1e-1,))
+    monkeypatch.setattr(study, "ADAPTERS", small)
+    monkeypatch.setitem(study.STUDIES, "adapters", small)
     monkeypatch.setattr(study, "SINGLE", {})
     arguments = [
         "study",
@@ -157,14 +183,14 @@ def test_it_runs_and_goes_on_where_it_stopped(study, tmp_path, monkeypatch, caps
     assert "/2 |" in (tmp_path / "study.md").read_text()
 
 
-def test_the_results_that_are_kept_are_those_of_the_runs(study):
-    path = RESULTS / "moe_stability.json"
-    if not path.is_file():
-        pytest.skip("the study has not been run yet: python experiments/moe_stability.py")
+@pytest.mark.parametrize("mixture", ["adapters", "ffn"])
+def test_the_results_that_are_kept_are_those_of_the_runs(study, mixture):
+    asked = study.STUDIES[mixture]
+    path = RESULTS / f"{asked.name}.json"
     record = json.loads(path.read_text())
-    assert study.lacking(record["runs"], 5) == []
+    assert study.lacking(asked, record["runs"], 5) == []
     assert record["seconds"] <= 60 * 60  # of one core without bfloat16 units
-    again = json.loads(json.dumps(study.summary(record["runs"])), parse_float=lambda x: round(float(x), 6))
+    again = json.loads(json.dumps(study.summary(asked, record["runs"])), parse_float=lambda x: round(float(x), 6))
     kept = json.loads(json.dumps(record["summary"]), parse_float=lambda x: round(float(x), 6))
     assert again == kept  # to six digits: quantiles of Student's t are each scipy's own
     assert path.with_suffix(".md").read_text() == study.markdown(record)
