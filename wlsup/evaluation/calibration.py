@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from wlsup.errors import WlsupError
@@ -23,7 +24,7 @@ _BINS = 15
 _LEAST = 1e-12  # votes of 0 would make one query's NLL infinite
 _WORK = 2e10  # multiplications that an interval may take
 
-_Terms = dict[str, tuple[np.ndarray, bool]]
+_Terms = dict[str, tuple[csr_array, bool]]
 
 
 def calibration(
@@ -110,23 +111,22 @@ def _terms(probabilities: np.ndarray, labels: np.ndarray) -> _Terms:
     sure, right = probabilities.max(1), probabilities.argmax(1) == labels
     truth = np.zeros_like(probabilities)
     truth[np.arange(m), labels] = 1
-    by_class = np.zeros((m, classes * _BINS), np.float32)
-    where = _width_bins(probabilities, _BINS) + _BINS * np.arange(classes)
-    np.put_along_axis(by_class, where, ((probabilities - truth) / classes).astype(np.float32), axis=1)
+    # A bin a class and query, of which votes leave most at 0: as a table, 3 GB of ImageNet's 50,000 pictures.
+    rows, columns = np.nonzero(probabilities - truth)
+    where = _width_bins(probabilities[rows, columns], _BINS) + _BINS * columns
+    by_class = csr_array(((probabilities - truth)[rows, columns] / classes, (rows, where)), (m, classes * _BINS))
     likelihood = np.maximum(probabilities[np.arange(m), labels], _LEAST)
     return {
         "ece": (_spread(sure - right, _width_bins(sure, _BINS)), True),
         "adaptive": (_spread(sure - right, _mass_bins(sure, _BINS)), True),
         "classwise": (by_class, True),
-        "nll": (-np.log(likelihood)[:, None], False),
-        "brier": (((probabilities - truth) ** 2).sum(1)[:, None], False),
+        "nll": (csr_array(-np.log(likelihood)[:, None]), False),
+        "brier": (csr_array(((probabilities - truth) ** 2).sum(1)[:, None]), False),
     }
 
 
-def _spread(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    columns = np.zeros((len(values), _BINS))
-    columns[np.arange(len(values)), where] = values
-    return columns
+def _spread(values: np.ndarray, where: np.ndarray) -> csr_array:
+    return csr_array((values, (np.arange(len(values)), where)), (len(values), _BINS))
 
 
 def _width_bins(values: np.ndarray, bins: int) -> np.ndarray:
@@ -142,23 +142,23 @@ def _mass_bins(values: np.ndarray, bins: int) -> np.ndarray:
 
 def _resampled(terms: _Terms, resamples: int, seed: int) -> dict[str, tuple[float, np.ndarray]]:
     """Return each score and its bootstrap resamples (R,); the same seed draws the same queries."""
-    tables = {name: torch.from_numpy(columns) for name, (columns, _) in terms.items()}
-    m = len(next(iter(tables.values())))
-    asked = {name: int(min(resamples, max(100, _WORK // table.numel()))) for name, table in tables.items()}
+    tables = {name: columns for name, (columns, _) in terms.items()}
+    m = next(iter(tables.values())).shape[0]
+    asked = {name: int(min(resamples, max(100, _WORK // max(table.nnz, 1)))) for name, table in tables.items()}
     generator, sums = np.random.default_rng(seed), {name: [] for name in tables}
     for start in range(0, resamples, step := max(1, 2**22 // m)):
         count = min(step, resamples - start)
         drawn = generator.integers(m, size=(count, m)) + m * np.arange(count)[:, None]
-        weights = torch.from_numpy(np.bincount(drawn.ravel(), minlength=count * m).reshape(count, m))
+        weights = np.bincount(drawn.ravel(), minlength=count * m).reshape(count, m).T.astype(np.float64)
         for name, table in tables.items():
             if start < asked[name]:
-                sums[name].append(weights.to(table.dtype) @ table / m)
+                sums[name].append((table.T @ weights).T / m)
     found = {}
     for name, table in tables.items():
-        scores, value = torch.cat(sums[name]), table.double().mean(0)
+        scores, value = np.concatenate(sums[name]), table.sum(axis=0) / m
         if terms[name][1]:
-            scores, value = scores.abs(), value.abs()
-        found[name] = (float(value.sum()), scores.double().sum(1).numpy())
+            scores, value = np.abs(scores), np.abs(value)
+        found[name] = (float(value.sum()), scores.sum(1))
     return found
 
 

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from wlsup.evaluation.report.figures.style import DARK, LIGHT, points, slug
+from wlsup.evaluation.report.figures.style import DARK, LIGHT, axes, name_rows, points, slug
 
 
 def luminance(colour):
@@ -42,3 +42,21 @@ def test_names_become_ids():
     assert len(set(slugs)) == len(names)
     assert all(letter.isalnum() or letter == "-" for short in slugs for letter in short)
     assert all(short.isascii() for short in slugs)
+
+
+def test_a_long_name_leaves_the_figure_its_room_and_does_not_reach_its_neighbours():
+    names = [
+        "film",
+        "full (model.encoder_lr 1e-05, model.regularizer.distill 10.0, model.regularizer.replay 10.0 and 3 more)",
+    ]
+    figure, one = axes(LIGHT, 0.9 + 0.21 * len(names))
+    name_rows(one, names)
+    one.set_ylim(len(names) - 0.4, -0.6)
+    figure.draw_without_rendering()
+    assert one.get_position().width > 0.5
+    first, second = (label.get_window_extent() for label in one.get_yticklabels())
+    assert first.y0 >= second.y1 - 1
+    assert second.x0 >= 0
+    told = [label.get_text() for label in one.get_yticklabels()]
+    assert told[0] == "film"
+    assert told[1].startswith("full (model.encoder_lr") and told[1].endswith("…")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from wlsup.evaluation.report.figures.labels import place_labels
-from wlsup.evaluation.report.figures.style import Chart, Palette, axes, points, slug
+from wlsup.evaluation.report.figures.style import Chart, Palette, axes, name_rows, points, slug
 from wlsup.evaluation.report.groups import UNTOUCHED, Estimate, Group
 from wlsup.evaluation.report.pareto import pareto_front
 
@@ -40,7 +40,7 @@ def changes_chart(groups: Sequence[Group], name: str, domain: str) -> Chart:
             filled = colour if estimate.verdict in ("gain", "loss") else palette.paper
             one.plot(100 * estimate.value, row, marker=_MARKERS[estimate.verdict], markersize=5.5, color=colour,
                      markerfacecolor=filled)  # fmt: skip
-        one.set_yticks(range(len(found)), [group.name for group, _ in found])
+        name_rows(one, [group.name for group, _ in found])
         one.set_ylim(len(found) - 0.4, -0.6)
         low, high = _reach([100 * e.value for e in estimates], [(e.low, e.high) for e in estimates])
         one.set_xlim(low, high)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from wlsup.evaluation.report.figures.style import Chart, Palette, axes
+from wlsup.evaluation.report.figures.style import Chart, Palette, axes, name_rows
 from wlsup.evaluation.report.groups import Group
 
 __all__ = ["cost_chart"]
@@ -33,7 +33,7 @@ def cost_chart(groups: Sequence[Group]) -> Chart | None:
                 one.plot([min(each), max(each)], [row, row], color=palette.ink, linewidth=1.4)
             one.annotate(f"{seconds.value:,.0f}", (max(each), row), (5, 0), textcoords="offset points", va="center",
                          fontsize=8.5, color=palette.ink)  # fmt: skip
-        one.set_yticks(range(len(found)), [group.name for group, _ in found])
+        name_rows(one, [group.name for group, _ in found])
         one.set_ylim(len(found) - 0.4, -0.6)
         one.margins(x=0.14)
         one.set_xlabel("core seconds")

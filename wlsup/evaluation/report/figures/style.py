@@ -6,7 +6,8 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["DARK", "LIGHT", "WIDTH", "Chart", "Palette", "axes", "clean", "css", "points", "save", "slug"]
+__all__ = ["DARK", "LIGHT", "WIDTH", "Chart", "Palette", "axes", "clean", "css", "name_rows", "points", "save", "slug"]
 
+_NAME = 28  # letters of a row's name on one line
 WIDTH = 5.0  # inches of 72 units: 360 wide, as a phone shows it, so that the type is readable there unscaled
 
 
@@ -154,6 +156,18 @@ def clean(one: Axes, palette: Palette) -> None:
     one.xaxis.label.set_color(palette.ink)
     one.yaxis.label.set_color(palette.ink)
     one.title.set_color(palette.ink)
+
+
+def name_rows(one: Axes, names: Sequence[str]) -> None:
+    """Write a name beside each row, from 0 on: a long one smaller, on two lines, and cut where that is not enough.
+
+    The figure's table has it whole.
+    """
+    told = [textwrap.wrap(name, _NAME, max_lines=2, placeholder=" …") for name in names]
+    one.set_yticks(range(len(names)), ["\n".join(lines) for lines in told])
+    for label, lines in zip(one.get_yticklabels(), told, strict=True):
+        if len(lines) > 1:
+            label.set(fontsize=7, linespacing=0.9)
 
 
 def css() -> str:
