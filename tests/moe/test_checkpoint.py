@@ -117,7 +117,7 @@ class TestLanguage:
 
     @torch.no_grad()
     def test_the_mini_model_says_the_same_and_tied_tensors_are_written_once(self, tmp_path):
-        language = LanguageModel(LanguageSpec())
+        language = LanguageModel(LanguageSpec(max_length=20))
         trained(upcycle(language, [3], MoESpec(experts=2), seed=0))
         folder = save_moe(language, tmp_path / "moe")
         again = load_moe(folder)
@@ -125,6 +125,7 @@ class TestLanguage:
         assert again.generate(prefix, GenerationSpec(max_tokens=8)) == language.generate(
             prefix, GenerationSpec(max_tokens=8)
         )
+        assert again.tokenizer.max_length == again.spec.max_length == 20
         assert again.tokenizer.base["sha256"] == language.tokenizer.base["sha256"]
         distinct = sum(4 * parameter.numel() for parameter in language.parameters())
         assert (folder / "model.safetensors").stat().st_size < 1.05 * distinct
@@ -185,6 +186,13 @@ class TestErrors:
         for read in (lambda: load_moe(folder), lambda: read_expert(folder, 1, 0)):
             with pytest.raises(WlsupError, match="damaged|truncated"):
                 read()
+
+    def test_one_of_a_version_to_come(self, vision, tmp_path):
+        folder = save_moe(vision, tmp_path / "moe")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"version": 2}))
+        with pytest.raises(WlsupError, match="by a newer wlsup .version 2 of wlsup-moe.: update this one"):
+            load_moe(folder)
 
     def test_an_incomplete_description(self, vision, tmp_path):
         folder = save_moe(vision, tmp_path / "moe")

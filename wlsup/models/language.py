@@ -17,7 +17,7 @@ from wlsup.models.caption_tokens import CaptionTokenizer, load_tokenizer, missin
 from wlsup.models.weights import tensors_sha256
 from wlsup.sharding import has_shards
 
-__all__ = ["FAMILIES", "GenerationSpec", "LanguageModel", "LanguageSpec"]
+__all__ = ["FAMILIES", "GenerationSpec", "LanguageModel", "LanguageSpec", "fuse_gelu"]
 
 FAMILIES = ("gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "llama", "mistral", "qwen2")
 """transformers' ``model_type`` of the models whose prefix captioning and generation is tested."""
@@ -248,11 +248,11 @@ def _load(spec: LanguageSpec, family: str) -> nn.Module:
             "file is of another model, or incomplete. Copy it again."
         )
     model.generation_config = transformers.GenerationConfig()  # a folder's own would change what greedy and beam mean
-    _fuse_gelu(model)
+    fuse_gelu(model)
     return model.to(_DTYPES[spec.dtype])
 
 
-def _fuse_gelu(model: nn.Module) -> None:
+def fuse_gelu(model: nn.Module) -> None:
     """Put torch's tanh GELU in place of transformers', which takes eight elementwise steps and keeps what each made.
 
     The function is the same, to rounding. GPT-2, GPT-Neo and GPT-J use it.

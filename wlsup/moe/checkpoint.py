@@ -15,7 +15,7 @@ from wlsup.batch import ImageSpec
 from wlsup.errors import WlsupError
 from wlsup.models.backbones import Architecture, create_backbone
 from wlsup.models.caption_tokens import load_tokenizer, transformers_folder
-from wlsup.models.language import LanguageModel, LanguageSpec
+from wlsup.models.language import LanguageModel, LanguageSpec, fuse_gelu
 from wlsup.models.saving import save_vision
 from wlsup.models.vision import VisionEncoder
 from wlsup.models.weights import read_json, read_weights, tensors_sha256, write_folder
@@ -26,6 +26,7 @@ from wlsup.moe.upcycle import moe_layers, restore, upcycle
 __all__ = ["FORMAT", "MoELanguageModel", "load_moe", "read_expert", "save_dense", "save_moe"]
 
 FORMAT = "wlsup-moe"
+_VERSION = 1
 _WEIGHTS = "model.safetensors"
 
 
@@ -86,7 +87,7 @@ def save_moe(
         raise WlsupError(f"The MoE layers have different settings, first {other}; a checkpoint keeps one for all.")
     config = {
         "format": FORMAT,
-        "version": 1,
+        "version": _VERSION,
         "kind": "language" if language else "vision",
         "base": dict(model.base) if language else {"id": model.base_id, "sha256": model.base_sha256},
         "dense": model.model.config.to_dict() if language else _vision_config(model),
@@ -94,6 +95,7 @@ def save_moe(
         "spec": asdict(first.spec),
         "prefix": 0 if first.token_ids is None else first.token_ids.positions,
         "made_by": dict(made_by or {}),
+        **({"max_length": model.spec.max_length} if language else {}),
         "sha256": tensors_sha256(tensors),
     }
     folder = write_folder(folder, tensors, config)
@@ -205,6 +207,10 @@ def _config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
         raise WlsupError(f"{folder} is no MoE checkpoint: its config.json does not say format {FORMAT!r}.")
+    if config.get("version", 1) > _VERSION:
+        raise WlsupError(
+            f"{folder} was written by a newer wlsup (version {config['version']} of {FORMAT}): update this one."
+        )
     wanted = {"kind", "base", "dense", "layers", "spec", "prefix", "sha256"}
     if lacking := sorted(wanted - set(config)):
         raise WlsupError(f"{folder / 'config.json'} is incomplete: it lacks {', '.join(lacking)}. Copy it again.")
@@ -237,7 +243,8 @@ def _language(config: dict[str, Any], folder: Path) -> MoELanguageModel:
 
     dense = dict(config["dense"])
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(dense.pop("model_type"), **dense))
-    return MoELanguageModel(model, folder, dict(config["base"]))
+    fuse_gelu(model)
+    return MoELanguageModel(model, folder, dict(config["base"]), config.get("max_length", LanguageSpec.max_length))
 
 
 def _place(layer: str) -> tuple[int, str]:
