@@ -130,7 +130,10 @@ class TestEveryFamilyAndPlace:
     @pytest.mark.parametrize("method", METHODS)
     def test_generation_through_the_cache_says_what_whole_passes_say(self, language, place, method, monkeypatch):
         move(adapt(language, mlp=place, attention=place))
-        prompt, spec = torch.randint(7, 960, (3, 5)), GenerationSpec(method=method, max_tokens=6, beams=3)
+        prompt, spec = (
+            torch.randint(7, 960, (3, 5)),
+            GenerationSpec(method, 6, **({"beams": 3} if method == "beam" else {})),
+        )
         prefix, fed = language.embed(prompt).detach(), []
         language.blocks[0].register_forward_pre_hook(
             lambda block, args, kwargs: fed.append((args[0] if args else kwargs["hidden_states"]).shape[1]),

@@ -120,8 +120,8 @@ class TestLabels:
         approach.eval()
         assert float(approach.losses(pairs)["loss"].detach()) < 0.1
         assert approach.caption(pairs.images) == pairs.captions
-        for method in ("beam", "nucleus"):
-            assert approach.caption(pairs.images, GenerationSpec(method=method, top_p=0.5)) == pairs.captions
+        for generation in (GenerationSpec("beam"), GenerationSpec("nucleus", top_p=0.5)):
+            assert approach.caption(pairs.images, generation) == pairs.captions
         assert approach.caption(pairs.images.flip(0)) == pairs.captions[::-1]
 
 

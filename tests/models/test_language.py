@@ -184,8 +184,20 @@ class TestGeneration:
         "options", [{"method": "best"}, {"max_tokens": 0}, {"beams": 1}, {"top_p": 0.0}, {"temperature": 0.0}]
     )
     def test_values_out_of_range_are_refused(self, options):
+        options = {"method": "beam" if "beams" in options else "nucleus", **options}
         with pytest.raises(WlsupError):
             GenerationSpec(**options)
+
+    @pytest.mark.parametrize("option", ["beams", "top_p", "temperature", "seed"])
+    def test_what_the_method_does_not_read_is_refused(self, option):
+        value = {"beams": 3, "top_p": 0.5, "temperature": 2.0, "seed": 1}[option]
+        reader = "beam" if option == "beams" else "nucleus"
+        for method in ("greedy", "beam", "nucleus"):
+            if method == reader:
+                assert getattr(GenerationSpec(method, **{option: value}), option) == value
+            else:
+                with pytest.raises(WlsupError, match=f"generation.{option} is of method: {reader}; {method} does not"):
+                    GenerationSpec(method, **{option: value})
 
 
 class TestErrors:

@@ -51,10 +51,18 @@ OTHER = {  # of each option a value that is not the default, and the routers tha
 def test_an_option_that_the_router_does_not_read_is_refused(option, router):
     value, readers = OTHER[option]
     if router in readers:
-        assert getattr(MoESpec(router=router, **{option: value}), option) == value
+        with_it = {"balance": "bias"} if option == "bias_rate" else {}
+        assert getattr(MoESpec(router=router, **with_it, **{option: value}), option) == value
     else:
-        with pytest.raises(WlsupError, match=f"moe.{option}: {value} .* {router} does not read it: leave moe.{option}"):
+        says = f"moe.{option}: {value} .* {router} does not read it: leave moe.{option}"
+        with pytest.raises(WlsupError, match="of moe.balance: bias" if option == "bias_rate" else says):
             MoESpec(router=router, **{option: value})
+
+
+@pytest.mark.parametrize("balance", ["loss", "none"])
+def test_the_biases_rate_without_biases_is_refused(balance):
+    with pytest.raises(WlsupError, match="moe.bias_rate is of moe.balance: bias"):
+        MoESpec(balance=balance, bias_rate=0.1)
 
 
 @pytest.mark.parametrize("router", ROUTERS)

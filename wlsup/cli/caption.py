@@ -136,14 +136,15 @@ def _generation(model: Any, options: argparse.Namespace) -> Any:
                 "its own, which always takes the likeliest words. Leave the option out."
             )
         return None
-    generation = replace(model.generation, **chosen)
+    own, asked = model.generation, chosen.get("method", model.generation.method)
     needed = {"beams": "beam", "top_p": "nucleus", "temperature": "nucleus", "seed": "nucleus"}
     for name, method in needed.items():
-        if name in chosen and generation.method != method:
+        if name in chosen and asked != method:
             raise WlsupError(
-                f"--{name.replace('_', '-')} is of --method {method}; captions would be chosen by {generation.method}."
+                f"--{name.replace('_', '-')} is of --method {method}; captions would be chosen by {asked}."
             )
-    return generation
+    # of another method than the run's own, what the run says of its own method has no use
+    return replace(own if asked == own.method else type(own)(max_tokens=own.max_tokens), **chosen)
 
 
 def _captions(

@@ -57,7 +57,7 @@ class GenerationSpec:
         seed: of sampling; the same seed gives the same captions.
 
     Raises:
-        WlsupError: a value out of its range.
+        WlsupError: a value out of its range, or an option that the method does not read.
     """
 
     method: Literal["greedy", "beam", "nucleus"] = "greedy"
@@ -74,6 +74,11 @@ class GenerationSpec:
                 "generation needs max_tokens >= 1, beams >= 2, top_p in (0, 1] and temperature > 0, not "
                 f"{self.max_tokens}, {self.beams}, {self.top_p} and {self.temperature}."
             )
+        for option, method in (("beams", "beam"), *((name, "nucleus") for name in ("top_p", "temperature", "seed"))):
+            if self.method != method and getattr(self, option) != getattr(GenerationSpec, option):
+                raise WlsupError(
+                    f"generation.{option} is of method: {method}; {self.method} does not read it: leave it out."
+                )
 
 
 class LanguageModel(nn.Module):
