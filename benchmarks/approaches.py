@@ -8,7 +8,7 @@ has both branches, only the contrastive one runs, so that all rows encode the sa
 another objective run their own. Memory is the peak during forward and backward above what is held before (weights,
 optimizer states): resident memory on a CPU (Linux), allocated memory on a GPU. Peers: full fine-tuning, and peft's LoRA
 on the bare timm model. Bars: lst at most 0.18x the memory of full, adapters in the top four blocks 0.25x; a
-step on cached features at most 0.01x the time of one without, both timed apart from memory: to have it counted, freed
+step on cached features (of 10) at most 0.01x the time of one without, both timed apart from memory: to count it, freed
 memory is given back at once, which costs a short step half its time. linear_map's language model runs in both: the mini
 one's forward and backward take 0.20 GFLOP a picture, ViT-S/16's forward 8.5, ViT-B/16's 34: on S it cannot meet it.
 Checkpointed: with --model.encoder.gradient_checkpointing true.
@@ -266,7 +266,7 @@ def main() -> int:
         print(f"{what}, torch {torch.__version__}, {device}\n")
         print(f"{'':26} {'pictures/s':>10} {'of full':>8} {'peak MiB':>9} {'of full':>8} {'bar':>6} {'trained':>11}")
         for row in rows:
-            if "memory_of_full" not in row:
+            if "error" in row or "memory_of_full" not in row:
                 print(f"{row['name']:26} failed: {row.get('error', 'full failed, so there is no ratio')}")
                 continue
             bar = f"{row['bar']:.2f} {'met' if row['met'] else 'MISSED'}" if "bar" in row else ""

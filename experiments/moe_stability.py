@@ -138,11 +138,12 @@ class Measures:
 
 NONE = Measures(False, False, False, False, False, False)
 ARMS: dict[str, Measures] = {"all measures": Measures(), "no measure": NONE}
+_START = "without straight-through and zero-up"
 SINGLE: dict[str, Measures] = {
     "without fp32 in the router": Measures(fp32=False),
     "without the z-loss": Measures(z_loss=False),
     "without the balance loss": Measures(balance=False),
-    "without straight-through and zero-up": Measures(start=False),
+    _START: Measures(start=False),
     "without jitter": Measures(jitter=False),
     "without clipping and skipping": Measures(clip=False),
 }
@@ -384,7 +385,7 @@ def _of(runs: Sequence[dict[str, Any]], arm: str, router: str, scale: float, rat
     return [run for run in runs if (run["arm"], run["router"], run["scale"], run["rate"]) == key]
 
 
-def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
+def findings(study: Study, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Say what the measures together changed, and what each did in the harsh cell: nothing is left out."""
     said = []
     grid = [row for row in rows if row["arm"] in ARMS]
@@ -404,7 +405,7 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["arm"] in SINGLE and row["difference"] is not None:
             mean, half = row["difference"]
             said.append(
-                f"{row['arm']}, in the harsh cell: the final loss is {_verdict(row['difference'])} "
+                f"{_arm(row, study)}, in the harsh cell: the final loss is {_verdict(row['difference'])} "
                 f"({mean:+.3f} ± {_shown(half)}), {row['dead']:.1f} experts dead."
             )
     return said
@@ -446,15 +447,15 @@ def markdown(record: dict[str, Any]) -> str:
         "| router | scale | learning rate | measures | broken | why | loss, step 0 | loss, end | against all measures "
         "| dead | largest logit | skipped | spikes |",
         "|---|---:|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-        *(_line(row) for row in rows if row["arm"] in ARMS),
+        *(_line(row, study) for row in rows if row["arm"] in ARMS),
         "",
         f"One measure left out, in a harsh cell ({router}, scale {scale:g}, learning rate {rate:g}):",
         "",
         "| measures | broken | why | loss, end | against all measures | dead | largest logit | skipped | spikes |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
-        *(_line(row, short=True) for row in rows if (row["router"], row["scale"], row["rate"]) == study.harsh),
+        *(_line(row, study, short=True) for row in rows if (row["router"], row["scale"], row["rate"]) == study.harsh),
         "",
-        *(f"* {finding}" for finding in findings(rows)),
+        *(f"* {finding}" for finding in findings(study, rows)),
         "",
         f"![held-out loss by learning rate]({study.name}.png)",
         "",
@@ -462,7 +463,12 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: dict[str, Any], short: bool = False) -> str:
+def _arm(row: dict[str, Any], study: Study) -> str:
+    """Return the arm's name: copies of MLPs are never zero-up."""
+    return "without straight-through" if study.mixture == "ffn" and row["arm"] == _START else row["arm"]
+
+
+def _line(row: dict[str, Any], study: Study, short: bool = False) -> str:
     cells = [f"{row['broken']}/{row['seeds']}", ", ".join(row["why"]) or "-"]
     cells += [] if short else [_pair(row["first"])]
     cells += [_pair(row["loss"]), _pair(row["difference"]), f"{row['dead']:.1f}", _shown(row["max_logit"], 1)]
@@ -470,7 +476,7 @@ def _line(row: dict[str, Any], short: bool = False) -> str:
     if not short:
         where = [row["router"], f"{row['scale']:g}", f"{row['rate']:g}"]
         return f"| {' | '.join([*where, row['arm'], *cells])} |"
-    return f"| {' | '.join([row['arm'], *cells])} |"
+    return f"| {' | '.join([_arm(row, study), *cells])} |"
 
 
 def _pair(value: list[float | None] | None) -> str:

@@ -38,13 +38,16 @@ def in_processes():
     """Run ``work(rank, world, folder)``, a function of a test module, in so many processes, and wait for them.
 
     They are forked from a server that has imported what all of them need, which takes longer than most of the tests.
+    Its environment, and the seed of hashes that all then share, are those of the first call; with ``alike=False`` each
+    begins afresh, as a launcher starts it.
     """
     mp.get_context("forkserver").set_forkserver_preload(["wlsup.cli.configuration", "wlsup.data.datamodule"])
 
-    def run(work, world, folder, timeout):
+    def run(work, world, folder, timeout, alike=True):
+        method = "forkserver" if alike else "spawn"
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(ROOT)  # where the processes find the test's module, under its full name
-            context = mp.start_processes(work, (world, str(folder)), world, join=False, start_method="forkserver")
+            context = mp.start_processes(work, (world, str(folder)), world, join=False, start_method=method)
         deadline = time.monotonic() + timeout
         try:
             while not context.join(timeout=1):

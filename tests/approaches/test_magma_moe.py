@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -376,7 +377,7 @@ class Cut(Callback):
             raise RuntimeError("cut off")
 
 
-def fit(folder, spec, cut=False, resume=None, accumulate=1, callbacks=(), mixture="adapters", **data):
+def fit(folder, spec, cut=False, resume=None, accumulate=1, callbacks=(), mixture="adapters", energy=0.0, **data):
     torch.manual_seed(0)
     approach = MagmaMoE(
         prefix=PrefixSpec(pool=4),
@@ -385,6 +386,7 @@ def fit(folder, spec, cut=False, resume=None, accumulate=1, callbacks=(), mixtur
         lr=5e-3,
         encoder_lr=0,
         language=LanguageSpec(max_length=24),
+        cluster_energy=energy,
     )
     module = CaptionDataModule(pairs=64, validation_pairs=8, batch_size=16, eval_sets=[], cache_features=True, **data)
     checkpoints = [ModelCheckpoint(folder, filename="last", enable_version_counter=False)] if folder else []
@@ -425,6 +427,33 @@ class TestRuns:
         resumed, _ = fit(tmp_path / "cut", spec, mixture=mixture, resume=str(saved))
         for name, tensor in whole.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], tensor), name
+
+    def test_a_run_from_clusters_resumes_and_its_start_is_known_again(self, tmp_path):
+        spec = MoESpec(experts=4, k=2)
+        whole, data = fit(tmp_path / "whole", spec, mixture="ffn", energy=0.9)
+        one, other = (
+            whole._parted[f"layers.{next(iter(whole.mixtures.layers))}.experts.{e}.c_fc.weight"] for e in (0, 1)
+        )
+        assert not torch.equal(one, other)  # the command's way: nobody called part_experts here
+        trained = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+        whole.trainer.validate(whole, data, verbose=False)  # sets up anew
+        assert all(torch.equal(whole.state_dict()[name], tensor) for name, tensor in trained.items())
+        fit(tmp_path / "cut", spec, mixture="ffn", energy=0.9, cut=True)
+        saved = tmp_path / "cut" / "last.ckpt"
+        resumed, _ = fit(tmp_path / "cut", spec, mixture="ffn", energy=0.9, resume=str(saved))
+        assert all(torch.equal(resumed.state_dict()[name], tensor) for name, tensor in trained.items())
+        torch.manual_seed(0)
+        options = {"mixture": "ffn", "moe": spec, "encoder_lr": 0, "language": LanguageSpec(max_length=24)}
+        fresh = MagmaMoE(prefix=PrefixSpec(pool=4), cluster_energy=0.9, **options)
+        fresh.on_load_checkpoint(torch.load(saved, weights_only=True))
+        fresh.start.remember(fresh)
+        assert fresh.start.check(fresh)  # WiSE-FT's pretrained end is where the run began
+
+    def test_clusters_without_captions_are_refused(self):
+        approach = MagmaMoE(prefix=SHORT, mixture="ffn", cluster_energy=0.9)
+        approach._trainer = SimpleNamespace(datamodule=None)
+        with pytest.raises(WlsupError, match="this one has none"):
+            approach.setup("fit")
 
     def test_a_checkpoint_routes_as_it_was_trained_whatever_the_captions(self, tmp_path):
         trained, _ = fit(tmp_path, BALANCED)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import deque
+from datetime import timedelta
 from pathlib import Path
 
 import lightning
@@ -232,7 +233,9 @@ def test_values_out_of_range_are_refused():
 
 def _rank(rank, world, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=240)
+    )
     from types import SimpleNamespace
 
     def reduce(decision, all):

@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from data_makers import noise_jpeg, write_tar  # noqa: E402
 
 from wlsup.cli import main  # noqa: E402
+from wlsup.cli.caption import _generation  # noqa: E402
 from wlsup.evaluation.captions import score_captions  # noqa: E402
+from wlsup.models.language import GenerationSpec  # noqa: E402
 
 WORDS = "a dog cat runs sleeps on in the grass bed red small two people ball".split()  # noqa: SIM905
 
@@ -216,3 +219,12 @@ def test_a_damaged_checkpoint_is_refused(run, picture, tmp_path, capsys):
     (tmp_path / "copy" / "checkpoints" / "last.ckpt").write_bytes(b"x")
     assert main(["caption", str(tmp_path / "copy"), str(picture)]) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+def test_another_method_leaves_what_the_run_says_of_its_own():
+    model = SimpleNamespace(language=object(), generation=GenerationSpec("nucleus", max_tokens=9, top_p=0.5))
+    asked = dict.fromkeys(("method", "max_tokens", "beams", "top_p", "temperature", "seed"))
+    assert _generation(model, SimpleNamespace(**asked)) == model.generation
+    assert _generation(model, SimpleNamespace(**asked | {"method": "greedy"})) == GenerationSpec(max_tokens=9)
+    beam = _generation(model, SimpleNamespace(**asked | {"method": "beam", "beams": 3}))
+    assert beam == GenerationSpec("beam", max_tokens=9, beams=3)

@@ -68,7 +68,7 @@ class TestSummary:
         runs = [a_run(seed=seed, last=2.3 + 0.01 * seed) for seed in range(3)]
         runs += [a_run("no measure", seed, last=2.0 + 0.01 * seed) for seed in range(3)]
         runs += [a_run("without jitter", seed, last=2.1 + 0.01 * seed) for seed in range(3)]
-        said = "\n".join(study.findings(study.summary(study.ADAPTERS, runs)))
+        said = "\n".join(study.findings(study.ADAPTERS, study.summary(study.ADAPTERS, runs)))
         assert "higher in 0, lower in 1, and not distinguishable in 0" in said
         assert "without jitter, in the harsh cell: the final loss is lower (-0.200" in said
 

@@ -12,7 +12,7 @@ from wlsup.moe import MLPExpert, MoE, MoESpec, auxiliary_losses, update_biases
 
 pytestmark = pytest.mark.multiprocess
 
-WORLD, TIMEOUT = 2, 120  # seconds for the processes: most of it is importing torch
+WORLD, TIMEOUT = 2, 120  # seconds for the processes
 B, L, D, H, E, V = 6, 10, 16, 24, 4, 40
 
 CASES = {

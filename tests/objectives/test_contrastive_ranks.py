@@ -19,7 +19,7 @@ from wlsup.objectives.distributed import meet
 pytestmark = pytest.mark.multiprocess
 
 PAIRS = 32
-TIMEOUT = 120  # seconds for one set of processes: most of it is importing torch
+TIMEOUT = 120  # seconds for one set of processes
 KEYS = [f"image-{i % 11}" for i in range(PAIRS)]
 EVEN = {2: (16, 16), 4: (8, 8, 8, 8)}
 UNEVEN = {2: (27, 5), 4: (13, 1, 0, 18)}

@@ -30,6 +30,7 @@ from wlsup.objectives.held_out_captions import captioner_task
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.sharding import has_shards
 
 __all__ = ["MagmaMoE"]
 
@@ -58,7 +59,8 @@ class MagmaMoE(Approach):
         every: of ``ffn``: the last of every so many blocks; 1: all.
         noise: of ``ffn``: standard deviation of noise on the copies, relative to their own; ends the identity.
         cluster_energy: of ``ffn``: the share of spectral energy that each expert keeps on its own cluster of what the
-            MLP reads of the run's captions (`moe.cluster`); nearly ends the identity. 0: copies, and no clusters.
+            MLP reads of the run's captions (`moe.cluster`); nearly ends the identity. 0: copies, and no clusters. A
+            checkpoint then also holds the mixtures as they were at first.
         generation: how captions are put into words.
         optimizer: optimizer and schedule.
         regularizer: what holds the encoder near the pretrained one.
@@ -96,6 +98,7 @@ class MagmaMoE(Approach):
         _check(mixture, adapters, moe, every, noise, cluster_energy, language.dtype)
         self.lr, self.weight_decay, self.encoder_lr, self.generation = lr, weight_decay, encoder_lr, generation
         self.moe, self.noise, self.cluster_energy = moe, noise, cluster_energy
+        self._parted: dict[str, Tensor] = {}  # the mixtures as clusters made them
         self.untouched = not encoder_lr
         self.cacheable = "tokens" if self.untouched else ""
         self.vision = build_vision(encoder)
@@ -153,6 +156,8 @@ class MagmaMoE(Approach):
         if self._trainer is not None and hasattr(self._trainer.datamodule, "captions"):
             self.count_words(chain.from_iterable(self._trainer.datamodule.captions))
             self.part_experts(chain.from_iterable(self._trainer.datamodule.captions))
+        elif self._trainer is not None and self.cluster_energy and not self._parted:
+            raise WlsupError("cluster_energy makes clusters of the data module's captions, and this one has none.")
         super().setup(stage)
 
     def count_words(self, captions: Iterator[str]) -> None:
@@ -171,12 +176,14 @@ class MagmaMoE(Approach):
             router.table.copy_(table)
 
     def part_experts(self, captions: Iterator[str]) -> None:
-        """Make the copies differ, each for its own cluster of what its MLP reads; without `cluster_energy` do nothing.
+        """Make the copies differ, each for its own cluster of what its MLP reads.
+
+        Without `cluster_energy`, and where it has been done or a checkpoint was loaded, this does nothing.
 
         Args:
             captions: of the training pairs; the first of them are read, until there are tokens enough.
         """
-        if not self.cluster_energy:
+        if not self.cluster_energy or self._parted:
             return
         spec = ClusterSpec(energy=self.cluster_energy)
         texts = (self.language.tokenizer(some) for some in iter(lambda: list(islice(captions, 64)), []))
@@ -187,6 +194,24 @@ class MagmaMoE(Approach):
             report = specialise(layer, inputs, spec)
             _log.info("magma_moe: experts of %s by clusters, relative error %.3f on captions", name, report.error)
         add_noise((expert for layer in self.mixtures.layers.values() for expert in layer.experts), self.noise)
+        self._parted = {name: tensor.detach().cpu().clone() for name, tensor in self.mixtures.named_parameters()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the experts and routers that training started from, where clusters made them: a seed does not."""
+        super().on_save_checkpoint(checkpoint)
+        if self._parted:
+            checkpoint["wlsup"]["clusters"] = dict(self._parted)
+
+    @torch.no_grad()
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Start where the run started, whatever this machine's clusters would be."""
+        super().on_load_checkpoint(checkpoint)
+        self._parted = checkpoint["wlsup"].get("clusters", self._parted)
+        for name, tensor in self._parted.items():
+            if f"mixtures.{name}" in self.start.tensors:
+                self.start.tensors[f"mixtures.{name}"].copy_(tensor)
+            if not has_shards(self.mixtures):  # whose tensors, which come next, are laid out otherwise
+                self.mixtures.get_parameter(name).copy_(tensor)
 
     @property
     def shardable(self) -> list[nn.Module]:
@@ -278,6 +303,8 @@ def _check(
         raise WlsupError(
             "every, noise and cluster_energy are of mixture: ffn; with adapters there is a mixture in every block."
         )
+    if noise < 0:
+        raise WlsupError(f"noise is a standard deviation, 0 or more, not {noise:g}.")
     if not 0 <= energy <= 1:
         raise WlsupError(f"cluster_energy is a share of energy, between 0 (no clusters) and 1; given was {energy:g}.")
     if energy and moe.router == "hash":

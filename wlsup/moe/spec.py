@@ -129,8 +129,6 @@ class MoESpec:
                 f"moe.balance: bias is for the routers top_k and noisy_top_k; {self.router} has nothing to balance. "
                 "Leave moe.balance out."
             )
-        if self.bias_rate != MoESpec.bias_rate and self.balance != "bias":
-            raise WlsupError("moe.bias_rate is of moe.balance: bias: set that, or leave moe.bias_rate out.")
         for option, routers in _READ_BY.items():
             given = getattr(self, option)
             if self.router not in routers and given not in (getattr(MoESpec, option), _TRUE_ANYHOW.get(option)):
@@ -138,6 +136,8 @@ class MoESpec:
                     f"moe.{option}: {given} is for moe.router: {' or '.join(routers)}, and {self.router} does not read "
                     f"it: leave moe.{option} out."
                 )
+        if self.bias_rate != MoESpec.bias_rate and self.balance != "bias":
+            raise WlsupError("moe.bias_rate is of moe.balance: bias: set that, or leave moe.bias_rate out.")
 
     @property
     def learned(self) -> bool:

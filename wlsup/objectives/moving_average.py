@@ -53,7 +53,9 @@ class MovingAverage:
         """Show the average within the block, and the weights again after it."""
         weights = [parameter.detach().clone() for parameter in self._parameters]
         self.show()
-        yield
-        with torch.no_grad():
-            for weight, parameter in zip(weights, self._parameters, strict=True):
-                parameter.copy_(weight)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, parameter in zip(weights, self._parameters, strict=True):
+                    parameter.copy_(weight)
