@@ -52,11 +52,13 @@ class Cluster:
 
     def wait(self, jobs=1, seconds=60):
         """Wait until ``jobs`` jobs have ended, and none goes on; return their exit codes."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        deadline, busy = time.monotonic() + seconds, time.monotonic()
+        while time.monotonic() < deadline and time.monotonic() < busy + 30:
             ended = [job for job in self.jobs() if (job / "exit").exists()]
             if len(ended) == len(self.jobs()) >= jobs:
                 return [int((job / "exit").read_text()) for job in ended]
+            if len(ended) < len(self.jobs()) or not ended:
+                busy = time.monotonic()  # later, no job runs that could submit another one
             time.sleep(0.1)
         pytest.fail(f"after {seconds} s: {[(job.name, (job / 'exit').exists()) for job in self.jobs()]}\n{self.log()}")
 

@@ -38,7 +38,7 @@ def results(cluster, steps=2):
 
 
 def test_a_chain_of_lsf_jobs_ends_in_the_results(cluster):
-    cluster.common["ARGS"] = f"{TINY} --data.pairs 16 --checkpoints.time_limit 1s"
+    cluster.common["ARGS"] = f"{TINY} --data.pairs 16 --checkpoints.time_limit 0.001s"
     log = cluster.folder / "job.%J.log"
     done = cluster.call("lsf/chain.sh", "lsf/summit.lsf", "-o", log, **cluster.common)
     assert done.returncode == 0, done.stderr
