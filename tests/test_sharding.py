@@ -114,9 +114,9 @@ def work(rank, world, folder):
     sharded = ("--trainer.strategy", "fsdp")
     codes = [
         fit(f"{folder}/fsdp", *sharded, "--captioning.pictures", "2"),
-        fit(f"{folder}/again", *sharded, "--checkpoints.time_limit", "1s"),
+        fit(f"{folder}/again", *sharded, "--checkpoints.time_limit", "0.001s"),
         fit(f"{folder}/again", *sharded, "--resume", "auto"),
-        fit(f"{folder}/mixed", "--trainer.strategy", "ddp", "--checkpoints.time_limit", "1s"),
+        fit(f"{folder}/mixed", "--trainer.strategy", "ddp", "--checkpoints.time_limit", "0.001s"),
         fit(f"{folder}/mixed", *sharded, "--resume", "auto"),
         # whose measure, behind captions that all processes make, trains a control through the language model
         fit(f"{folder}/linear_map", *sharded, "--captioning.pictures", "2", approach="linear_map"),

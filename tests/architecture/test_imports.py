@@ -7,7 +7,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "wlsup"
-BOTTOM = {"batch", "checkpoint_file", "draws", "errors", "files", "plan", "optim", "ranks", "sharding", "waiting"}
+BOTTOM = {
+    "batch",
+    "checkpoint_file",
+    "draws",
+    "errors",
+    "files",
+    "moving_average",
+    "plan",
+    "optim",
+    "ranks",
+    "sharding",
+    "waiting",
+}
 METHODS = {"objectives", "adapters", "fusion", "moe", "reprogramming", "models", "selection"}
 ALLOWED = {
     "cli": {"cli", "approaches", "callbacks", "evaluation", "data", *METHODS, *BOTTOM},
@@ -19,7 +31,7 @@ ALLOWED = {
     "adapters": {"adapters", "batch", "errors", "plan"},
     "fusion": {"fusion", "adapters", "batch", "errors", "plan"},
     "moe": {"moe", "models", "batch", "draws", "errors", "plan", "ranks"},
-    "reprogramming": {"reprogramming", "models", "batch", "draws", "errors", "plan", "optim"},
+    "reprogramming": {"reprogramming", "models", "batch", "draws", "errors", "moving_average", "plan", "optim"},
     "selection": {"selection", "batch", "errors", "ranks"},
     "objectives": {"objectives", "models", "batch", "draws", "errors", "ranks"},
     "plan": {"errors"},

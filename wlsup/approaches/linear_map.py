@@ -17,6 +17,7 @@ from wlsup.batch import CaptionBatch, VisionOutput
 from wlsup.models.language import GenerationSpec, LanguageModel, LanguageSpec
 from wlsup.models.prefix import ImagePrefix, PrefixSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
+from wlsup.moving_average import MovingAverage
 from wlsup.objectives.captioning import prefix_captioning_loss
 from wlsup.objectives.held_out_captions import (
     SAMPLES,
@@ -29,7 +30,6 @@ from wlsup.objectives.held_out_captions import (
     next_picture,
     said_lines,
 )
-from wlsup.objectives.moving_average import MovingAverage
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
 from wlsup.plan import Freeze, Train, TrainPlan

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from wlsup.errors import WlsupError
-from wlsup.objectives.moving_average import growing_decay
+from wlsup.moving_average import growing_decay
 
 __all__ = ["EMA"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wlsup.objectives.moving_average import MovingAverage
+from wlsup.moving_average import MovingAverage
 from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
 from wlsup.plan import TrainPlan
 
