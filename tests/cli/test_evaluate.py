@@ -66,6 +66,7 @@ def leaves(value, path=()):
         yield path, value
 
 
+@pytest.mark.slow
 def test_every_metric_is_there_with_its_protocol(by_callback):
     assert set(by_callback["protocol"]) == {"knn", *METRICS}
     entry = by_callback["sets"]["mini_digits"]
@@ -74,6 +75,7 @@ def test_every_metric_is_there_with_its_protocol(by_callback):
     assert by_callback["retrieval"]["pairs"] == 32
 
 
+@pytest.mark.slow
 def test_the_command_finds_what_the_run_found_of_itself(by_callback, by_command):
     ours, theirs = dict(leaves(by_command)), dict(leaves(by_callback))
     assert ours.keys() == theirs.keys()

@@ -77,11 +77,13 @@ def finetuned(run):
     return {name: e["finetuned"] for name, e in json.loads((run / "results.json").read_text())["knn"].items()}
 
 
+@pytest.mark.slow
 def test_timm_without_wlsup_gives_the_runs_own_figures(curve_run, exported):
     assert sorted(path.name for path in exported.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert scored_alone(exported) == finetuned(curve_run)
 
 
+@pytest.mark.slow
 def test_torch_without_wlsup_gives_the_runs_own_figures(bottleneck_run, tmp_path, capsys):
     folder = tmp_path / "program"
     assert main(["export", str(bottleneck_run), "-o", str(folder), "--json"]) == 0

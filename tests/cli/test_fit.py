@@ -123,6 +123,7 @@ def test_tensorboard_has_all_that_was_promised(board):
     assert "_hparams_/experiment" in board.summary_metadata
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_results_and_another_does_not(results, tmp_path):
     assert timeless(run_small(tmp_path / "again")) == timeless(results)
     other = run_small(tmp_path / "other", "--seed_everything", "1")
