@@ -16,10 +16,11 @@ SLURM = ("sbatch", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--c
 @pytest.mark.parametrize(
     ("approach", "submit", "script", "args"),
     [
+        ("film", ("bsub", "-nnodes", "2", "-o"), "lsf/summit.lsf", " --data.eval_sets [] --data.pairs 32"),
         ("magma_moe", ("bsub", "-nnodes", "2", "-o"), "lsf/summit_moe.lsf", MIXTURE),
         ("film", SLURM, "slurm/wlsup.sbatch", " --data.eval_sets [] --data.pairs 32"),
     ],
-    ids=["lsf-magma_moe", "slurm-film"],
+    ids=["lsf-film", "lsf-magma_moe", "slurm-film"],
 )
 def test_a_run_on_two_nodes_ends_in_its_results(approach, submit, script, args, networks, tmp_path):
     cluster = Cluster(tmp_path / "cluster", networks)
