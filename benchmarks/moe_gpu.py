@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import moe_dispatch
 from moe_dispatch import HIDDEN, ROUTINGS, WIDTH, AllMasked, build, directions, make_tokens
 
+from wlsup.draws import shared
 from wlsup.moe import MLPExpert, MoE, MoESpec
 
 EXPERTS = (8, 32, 64)
@@ -60,7 +61,7 @@ def make_step(who: str, experts: int, routing: str) -> Callable[[], None]:
     tokens = make_tokens(experts, routing).cuda().requires_grad_()
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with shared(0), torch.autocast("cuda", torch.bfloat16):  # draws jitter as a run does
             loss = layer(tokens).float().square().mean() + auxiliary()
         loss.backward()
 
@@ -104,7 +105,7 @@ def compare(who: str, experts: int, routing: str, pairs: int) -> dict[str, Any]:
         "ms": 1e3 * statistics.median(after for _, after in times),
         "dense_mib": peaks["dense"],
         "mib": peaks[who],
-        "waits": sum("synchroniz" in str(wait.message) for wait in waits),
+        "waits": sum("called a synchronizing" in str(wait.message) for wait in waits),
     }
     print(f"{who}, E = {experts}, {routing}: {row['ratio']:.3f}x", file=sys.stderr, flush=True)
     return row

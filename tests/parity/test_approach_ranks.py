@@ -26,8 +26,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 B, WORLD, TIMEOUT = 32, 2, 420
 
-MOE = {"experts": 4, "k": 2, "jitter": 0.0, "balance_weight": 0.1}
-"""Without jitter, which each process draws for its own tokens."""
+MOE = {"experts": 4, "k": 2, "jitter": 0.1, "balance_weight": 0.1}
 CASES = {name: (name, {}) for name in APPROACHES} | {
     "reprogramming": ("reprogramming", {"probe_pictures": 100}),
     "cross_modal_reprogramming": ("cross_modal_reprogramming", {"probe_pictures": 100, "penalty": 0.1}),
@@ -47,6 +46,7 @@ CASES = {name: (name, {}) for name in APPROACHES} | {
         "magma_moe",
         {"moe": MoESpec(experts=4, k=1, router="hash", hash="balanced")},
     ),
+    "magma_moe, noisy": ("magma_moe", {"moe": MoESpec(**{**MOE, "router": "noisy_top_k"})}),
     "magma_moe, bias": ("magma_moe", {"moe": MoESpec(**{**MOE, "balance": "bias", "bias_rate": 0.05})}),
 }
 CACHED = {
@@ -57,7 +57,7 @@ CACHED = {
 }
 """Fed with what the frozen encoder made of the pictures, as `data.cache_features` does."""
 CASES |= CACHED
-ONCE = MoESpec(experts=4, k=1, combine="renormalized", jitter=0.0, balance_weight=0.1)
+ONCE = MoESpec(experts=4, k=1, combine="renormalized", balance_weight=0.1)
 """Its router learns by what it adds to the loss alone, and so without the mixture's output."""
 TO_SHARE = ("mae_lm", "linear_map", "magma", "magma_moe", "magma_moe, ffn")
 SHARDED = {f"{case}, shared out": CASES[case] for case in TO_SHARE}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any, Literal
 
 import torch
@@ -111,9 +111,9 @@ class MagmaMoE(Approach):
         unknown = torch.ones(self.token_ids.rows)
         if mixture == "adapters":
             self.token_ids.watch(self.language.model.get_input_embeddings())
-            width = self.language.hidden_size
+            width, numbers = self.language.hidden_size, count()
             self.mixtures: LanguageAdapters | UpcycledMLPs = LanguageAdapters(
-                self.language.blocks, width, adapters, lambda _: self._mixture(width, adapters, unknown)
+                self.language.blocks, width, adapters, lambda _: self._mixture(width, adapters, unknown, next(numbers))
             )
         else:
             chosen = choose_blocks(len(self.language.blocks), every)
@@ -263,7 +263,7 @@ class MagmaMoE(Approach):
     def _front(self, seen: VisionOutput) -> Tensor:
         return self.prefix(seen, self.encoder.grid_size)
 
-    def _mixture(self, width: int, adapters: LanguageAdapterSpec, frequencies: Tensor) -> MoE:
+    def _mixture(self, width: int, adapters: LanguageAdapterSpec, frequencies: Tensor, number: int) -> MoE:
         hidden = width // (adapters.factor * self.moe.k)
         if not hidden:
             raise WlsupError(
@@ -273,7 +273,7 @@ class MagmaMoE(Approach):
         experts: list[nn.Module] = [
             LanguageBottleneck(width, hidden, adapters.layer_norm, adapters.init) for _ in range(self.moe.experts)
         ]
-        return MoE(experts, width, self.moe, True, self.token_ids.rows, frequencies, self.token_ids)
+        return MoE(experts, width, self.moe, True, self.token_ids.rows, frequencies, self.token_ids, number)
 
     def _attach(self) -> None:
         upcycled = isinstance(self.mixtures, UpcycledMLPs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ def parts_of(expert: nn.Module) -> MLPParts | None:
 def stack(experts: Sequence[nn.Module], dtype: torch.dtype) -> MLPParts | None:
     """Return E experts' tensors one on another, copies that carry gradients back; None where one is no known MLP.
 
-    They are cast to ``dtype`` one by one before: what is written, and held until the backward pass, is in ``dtype``.
+    What is written, and held until the backward pass, is in ``dtype``.
     """
     parts = [parts_of(expert) for expert in experts]
     if any(part is None for part in parts):
@@ -137,10 +138,25 @@ def stack(experts: Sequence[nn.Module], dtype: torch.dtype) -> MLPParts | None:
 
     def all_of(name: str) -> Tensor | None:
         tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.stack([tensor.to(dtype) for tensor in tensors])
+        return None if tensors[0] is None else _StackedAs.apply(dtype, *tensors)
 
     names = ("up", "down", "up_bias", "down_bias", "gate", "gate_bias")
     return MLPParts(*(all_of(name) for name in names), parts[0].activation)
+
+
+class _StackedAs(torch.autograd.Function):
+    """Stack and cast in one node: to a GPU, E casts, and as many on the way back, are more work to start than to do."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        ctx.dtype = tensors[0].dtype
+        stacked = tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=dtype)
+        torch._foreach_copy_(list(stacked.unbind()), list(tensors))
+        return stacked
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *gradient.to(ctx.dtype).unbind()
 
 
 def _weight(linear: nn.Module) -> Tensor:

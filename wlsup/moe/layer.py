@@ -97,6 +97,8 @@ class MoE(nn.Module):
         vocabulary: of hash routing, the number of ids (`TokenIds.rows`).
         frequencies: (vocabulary,) of the balanced hash, how often each occurs.
         token_ids: where ids and padding mask are found when `forward` is not given them.
+        number: which layer of its model it is: layers of one number draw the same jitter and noise where these depend
+            on the step alone (`wlsup.draws.per_token`).
 
     Raises:
         WlsupError: experts that are not E, or not of their own; a router that is not causal where it must be; or what
@@ -112,6 +114,7 @@ class MoE(nn.Module):
         vocabulary: int | None = None,
         frequencies: Tensor | None = None,
         token_ids: TokenIds | None = None,
+        number: int = 0,
     ) -> None:
         super().__init__()
         self.spec, self.width, self.causal, self.token_ids = spec, width, causal, token_ids
@@ -122,9 +125,9 @@ class MoE(nn.Module):
         if spec.router == "hash":
             self.router: nn.Module = HashRouter(spec, vocabulary, frequencies, causal)
         elif spec.router == "soft":
-            self.router = SoftRouter(width, spec)
+            self.router = SoftRouter(width, spec, number)
         else:
-            self.router = _ROUTERS[spec.router](width, spec, causal)
+            self.router = _ROUTERS[spec.router](width, spec, causal, number)
         self.routing: Routing | None = None
         self._losses: dict[str, Tensor] = {}
         self._seen: Tensor | None = None  # choices on each expert since the last update of the bias

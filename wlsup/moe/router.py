@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wlsup.draws import per_token
 from wlsup.moe.dispatch import Assignment, within_capacity
 from wlsup.moe.spec import MoESpec
 
-__all__ = ["ExpertChoiceRouter", "NoisyTopKRouter", "Routed", "TopKRouter", "combine_weights", "slots_of"]
+__all__ = ["ExpertChoiceRouter", "NoisyTopKRouter", "Routed", "TopKRouter", "combine_weights", "jittered", "slots_of"]
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,12 @@ class TopKRouter(nn.Module):
         width: D.
         spec: the mixture.
         causal: the order in which capacity is filled; see `within_capacity`.
+        number: of the layer, for its draws; see `MoE`.
     """
 
-    def __init__(self, width: int, spec: MoESpec, causal: bool = False) -> None:
+    def __init__(self, width: int, spec: MoESpec, causal: bool = False, number: int = 0) -> None:
         super().__init__()
-        self.spec, self.causal = spec, causal
+        self.spec, self.causal, self.number = spec, causal, number
         self.weight = nn.Parameter(torch.empty(spec.experts, width))
         nn.init.normal_(self.weight, std=spec.init_std)
         if spec.balance == "bias":
@@ -107,9 +109,7 @@ class TopKRouter(nn.Module):
         """Return x in the router's dtype, in training with its jitter."""
         if self.spec.router_dtype == "float32":
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if not self.training or self.spec.jitter == 0:
-            return x
-        return x * torch.empty_like(x).uniform_(1 - self.spec.jitter, 1 + self.spec.jitter)
+        return jittered(x, self.spec.jitter, self.number) if self.training else x
 
     def logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """(B, L, D) from `read` -> (B, L, E), in float32 (of float64 in float64) unless `router_dtype` is "model"."""
@@ -168,10 +168,11 @@ class NoisyTopKRouter(TopKRouter):
         width: D.
         spec: the mixture.
         causal: see `TopKRouter`.
+        number: see `TopKRouter`.
     """
 
-    def __init__(self, width: int, spec: MoESpec, causal: bool = False) -> None:
-        super().__init__(width, spec, causal)
+    def __init__(self, width: int, spec: MoESpec, causal: bool = False, number: int = 0) -> None:
+        super().__init__(width, spec, causal, number)
         self.noise = nn.Parameter(torch.zeros(spec.experts, width)) if spec.noise == "learned" else None
 
     def choosing(self, x: Tensor, logits: Tensor) -> Tensor:
@@ -179,7 +180,9 @@ class NoisyTopKRouter(TopKRouter):
         if not self.training:
             return logits
         deviation = 1 / self.spec.experts if self.noise is None else F.softplus(self.logits(x, self.noise))
-        return logits + torch.randn_like(logits) * deviation
+        # the quantile function of the normal distribution
+        normal = math.sqrt(2) * torch.special.erfinv(2 * per_token(logits, self.number, "noise") - 1)
+        return logits + normal.to(logits.dtype) * deviation
 
 
 class ExpertChoiceRouter(TopKRouter):
@@ -218,6 +221,19 @@ class ExpertChoiceRouter(TopKRouter):
             mask.sum(),
             logits,
         )
+
+
+def jittered(x: Tensor, jitter: float, number: int) -> Tensor:
+    """Multiply each number of (B, L, D) by one from U(1 - jitter, 1 + jitter); Fedus et al. 2022, section 2.2.
+
+    Args:
+        x: (B, L, D).
+        jitter: 0 changes nothing.
+        number: of the layer.
+    """
+    if jitter == 0:
+        return x
+    return x * (1 - jitter + 2 * jitter * per_token(x, number, "jitter")).to(x.dtype)
 
 
 def count(expert: Tensor, experts: int) -> Tensor:

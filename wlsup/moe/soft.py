@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wlsup.moe.router import jittered
 from wlsup.moe.spec import MoESpec
 
 __all__ = ["SoftRouter"]
@@ -26,11 +27,12 @@ class SoftRouter(nn.Module):
     Args:
         width: D.
         spec: the mixture.
+        number: of the layer, for its draws; see `MoE`.
     """
 
-    def __init__(self, width: int, spec: MoESpec) -> None:
+    def __init__(self, width: int, spec: MoESpec, number: int = 0) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.number = spec, number
         self.weight = nn.Parameter(torch.empty(spec.experts * spec.slots, width))
         nn.init.normal_(self.weight, std=spec.init_std)  # of which only the direction counts
         self.scale = nn.Parameter(torch.ones(()))
@@ -49,8 +51,8 @@ class SoftRouter(nn.Module):
         coarse, device = self.spec.router_dtype == "model", x.device.type
         dtype = self.weight.dtype if coarse else torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(device, enabled=coarse and torch.is_autocast_enabled(device)):
-            if self.training and self.spec.jitter:
-                x = x * torch.empty_like(x).uniform_(1 - self.spec.jitter, 1 + self.spec.jitter)
+            if self.training:
+                x = jittered(x, self.spec.jitter, self.number)
             logits = F.linear(F.normalize(x.to(dtype), dim=-1), self.scale * F.normalize(self.weight.to(dtype), dim=-1))
         filling = logits.masked_fill(~mask[..., None], -math.inf).softmax(1).nan_to_num(0.0)
         reading = logits.softmax(-1) * mask[..., None]
