@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from wlsup.approaches import APPROACHES, approach_class
 from wlsup.batch import CaptionBatch
 from wlsup.data.datamodule import CaptionDataModule
+from wlsup.data.feature_cache import what_is_kept
 from wlsup.models.prefix import PrefixSpec
 from wlsup.models.vision import VisionSpec
 from wlsup.optim import build_optimizer
@@ -128,7 +129,7 @@ def approach_steps(
     approach.train()
     if name in CACHED:
         with torch.no_grad():
-            pairs.encoded = approach.encode(pairs)
+            pairs.encoded = what_is_kept(approach)(images)
         if hasattr(approach, "remember"):
             approach.remember(captions)
     return lambda: approach.losses(pairs)["loss"], optimizer, plan

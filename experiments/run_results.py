@@ -3,7 +3,8 @@
     python experiments/run_results.py [--approaches NAME ...] [--seeds 0 1 2] [--jobs N] [--out DIR] [-- OPTIONS]
 
 A run that has its results.json is not run again: the same call goes on with one that was broken off. OPTIONS go to
-every `wlsup fit`. Runs lie in DIR/runs/mini/NAME/seedK; the table, written after every run, in DIR/mini.{json,md}.
+every `wlsup fit`. Runs lie in DIR/runs/mini/NAME/seedK; the table, written after every run, in DIR/mini.{json,md}: of
+these approaches, and of those that have runs from before.
 """
 
 from __future__ import annotations
@@ -299,6 +300,7 @@ def main() -> int:
         choose("approach", name, APPROACHES)
     wanted = [(name, seed) for seed in asked.seeds for name in asked.approaches]
     folders = {key: _folder(asked.out, asked.preset, *key).absolute() for key in wanted}
+    shown = [name for name in APPROACHES if name in asked.approaches or _has_runs(name, asked)]
     missing = [key for key in wanted if not (folders[key] / "results.json").is_file()]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done already", flush=True)
     failures: dict[str, str] = {}
@@ -315,8 +317,8 @@ def main() -> int:
             state = "failed: " + problem if problem else "done"
             remaining = elapsed / done * (len(missing) - done)
             print(f"{name}, seed {seed}: {state} ({done} of {len(missing)}, {remaining:.0f} s to go)", flush=True)
-            collect(asked.out, asked.preset, asked.approaches, asked.seeds, failures)
-    collect(asked.out, asked.preset, asked.approaches, asked.seeds, failures)
+            collect(asked.out, asked.preset, shown, asked.seeds, failures)
+    collect(asked.out, asked.preset, shown, asked.seeds, failures)
     print((asked.out / f"{asked.preset}.md").read_text())
     return 1 if failures else 0
 
@@ -325,6 +327,11 @@ def _read(file: Path) -> dict[str, Any]:
     """Return results.json with what cost.json beside it says of memory."""
     cost = file.with_name("cost.json")
     return json.loads(file.read_text()) | (json.loads(cost.read_text()) if cost.is_file() else {})
+
+
+def _has_runs(approach: str, asked: argparse.Namespace) -> bool:
+    folders = (_folder(asked.out, asked.preset, approach, seed) for seed in asked.seeds)
+    return any((folder / "results.json").is_file() for folder in folders)
 
 
 def _folder(out: Path, preset: str, approach: str, seed: int) -> Path:

@@ -524,7 +524,7 @@ class TestRuns:
         with torch.no_grad():
             assert values["this captioner"] == pytest.approx(float(approach.losses(batch)["captioning"]), abs=1e-5)
         with approach._without(), torch.no_grad():
-            assert values["this captioner"] < float(approach.losses(batch)["captioning"])
+            assert abs(values["this captioner"] - float(approach.losses(batch)["captioning"])) > 1e-4
         assert approach.measure(data) == measured  # the mixtures are attached as before
 
     def test_each_speaks_for_itself(self):

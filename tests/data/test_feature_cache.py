@@ -12,6 +12,7 @@ from wlsup.data.dataset import CaptionDataset
 from wlsup.data.feature_cache import FeatureCache
 from wlsup.data.transforms import EvalTransform
 from wlsup.errors import WlsupError
+from wlsup.models.prefix import PrefixSpec
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,8 @@ def test_training_gives_the_same_as_without_the_cache_and_without_augmentation(l
 @pytest.mark.parametrize("name", ["lit", "linear_map", "magma", "magma_moe", "cross_modal_reprogramming"])
 def test_every_approach_that_reads_a_locked_encoder_has_the_same_loss_and_gradients(name):
     options = {"encoder_lr": 0.0} if name.startswith("magma") else {}
+    if name in ("magma", "linear_map"):
+        options["prefix"] = PrefixSpec(pool=2)
     torch.manual_seed(0)
     module = approach_class(name)(**options)
     module.setup("fit")
@@ -76,6 +79,11 @@ def test_every_approach_that_reads_a_locked_encoder_has_the_same_loss_and_gradie
         data.eval_sets = ["mini_shapes"]
         module.prepare(data)
     (cached, *_), dataset = list(data.train_dataloader()), plain_dataset(data)
+    if hasattr(module, "prefix"):  # no more is kept than the map reads
+        assert cached.encoded.tokens.shape[1:] == (
+            module.prefix.positions(module.encoder.grid_size),
+            module.encoder.embed_dim,
+        )
     position = {key: index for index, key in enumerate(dataset.keys)}
     uncached = dataset.__getitems__([position[key] for key in cached.keys])
     uncached.captions = cached.captions

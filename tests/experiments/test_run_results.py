@@ -121,6 +121,10 @@ def test_only_what_is_missing_is_run_and_the_table_grows(script, tmp_path, monke
     assert table["rows"][0]["peak_resident_mib"] == 501.0
     assert set(table["failures"]) == {"lit, seed 0", "lit, seed 1"}
     assert "**+2.1 [" in (tmp_path / "mini.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["run_results", "--approaches", "full", *call[4:]])
+    assert script.main() == 0
+    rows = json.loads((tmp_path / "mini.json").read_text())["rows"]
+    assert [row["approach"] for row in rows] == ["film", "full"]  # those that have runs from before stay
 
 
 def test_seeds_of_different_recipes_are_no_row(script, tmp_path):

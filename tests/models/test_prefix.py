@@ -56,6 +56,14 @@ def test_pool_averages_squares():
     assert torch.allclose(chosen[:, 1], seen.patch_tokens[:, [2, 3, 6, 7]].mean(1), atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"pool": 2}, {"tokens": "pooled", "length": 3}])
+def test_what_is_kept_of_a_picture_gives_the_same_prefix(options):
+    seen, prefix = vision(), ImagePrefix(6, 8, PrefixSpec(**options)).eval()
+    kept = prefix.reduced(seen, (4, 4))
+    assert kept.tokens.shape == (2, {"pool": 4, "tokens": 0}.get(next(iter(options), ""), 16), 6)
+    assert torch.equal(prefix(kept, (4, 4)), prefix(seen, (4, 4)))
+
+
 def test_patches_of_a_masked_picture_are_put_in_order():
     seen, prefix = vision(), ImagePrefix(6, 8, PrefixSpec()).eval()
     keep = torch.stack([torch.randperm(16)[:5] for _ in range(2)])

@@ -119,6 +119,10 @@ class LinearMap(Approach):
         loss = prefix_captioning_loss(self.language, self.prefix(self._see(batch), self.encoder.grid_size), captions)
         return {"loss": loss, "captioning": loss}
 
+    def kept(self, images: Tensor) -> VisionOutput:
+        """(B, 3, H, W) of this size -> what `data.cache_features` keeps: the tokens that the map reads."""
+        return self.prefix.reduced(self.encoder(images), self.encoder.grid_size)
+
     @torch.no_grad()
     def caption(self, images: Tensor, generation: GenerationSpec | None = None) -> list[str]:
         """(B, 3, H, W) -> B captions; put the model in eval mode yourself."""

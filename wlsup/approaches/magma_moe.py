@@ -230,6 +230,10 @@ class MagmaMoE(Approach):
         super().after_step()
         update_biases(self, skipped=all(parameter.grad is None for parameter in self.mixtures.parameters()))
 
+    def kept(self, images: Tensor) -> VisionOutput:
+        """(B, 3, H, W) of this size -> what `data.cache_features` keeps: the tokens that the map reads."""
+        return self.prefix.reduced(self.encoder(images), self.encoder.grid_size)
+
     @torch.no_grad()
     def caption(self, images: Tensor, generation: GenerationSpec | None = None) -> list[str]:
         """(B, 3, H, W) -> B captions; put the model in eval mode yourself.

@@ -22,7 +22,7 @@ from wlsup.data.sampler import EpochSampler
 from wlsup.errors import WlsupError
 from wlsup.waiting import PATIENCE
 
-__all__ = ["CachedDataset", "FeatureCache", "cache_of"]
+__all__ = ["CachedDataset", "FeatureCache", "cache_of", "what_is_kept"]
 
 _log = logging.getLogger("wlsup.data")
 
@@ -139,11 +139,16 @@ def cache_of(
     training = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        cache.fill(dataset, module.encoder, module.device, batch_size, num_workers, note, patience)
+        cache.fill(dataset, what_is_kept(module), module.device, batch_size, num_workers, note, patience)
     finally:
         for part, was in training:
             part.training = was
     return cache
+
+
+def what_is_kept(module: Any) -> Encode:
+    """Return what makes of pictures what the cache keeps: an approach's ``kept`` where it has one, else its encoder."""
+    return getattr(module, "kept", module.encoder)
 
 
 class CachedDataset:

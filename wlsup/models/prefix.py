@@ -132,7 +132,23 @@ class ImagePrefix(nn.Module):
             if self.spec.pool > 1:
                 raise WlsupError("prefix.pool needs whole pictures; a masked one has holes. Set prefix.pool to 1.")
             return torch.take_along_dim(patches, ids_keep.argsort(dim=1)[..., None], dim=1)
-        if self.spec.pool == 1:
+        if self.spec.pool == 1 or patches.shape[1] == self.positions(grid):  # `reduced` has averaged them
             return patches
         cells = patches.transpose(1, 2).unflatten(2, grid)
         return F.avg_pool2d(cells, self.spec.pool).flatten(2).transpose(1, 2)
+
+    def reduced(self, vision: VisionOutput, grid: tuple[int, int]) -> VisionOutput:
+        """Return the encoder's output with no more tokens than the map reads: what is worth keeping of a picture.
+
+        `forward` makes the same of it.
+
+        Args:
+            vision: the encoder's output for whole pictures.
+            grid: (rows, columns) of their patches.
+
+        Returns:
+            Tokens (B, P, D), or (B, 0, D) where the map reads the pooled feature; none of them a prefix token.
+        """
+        if self.spec.tokens == "pooled":
+            return VisionOutput(vision.pooled, vision.tokens[:, :0], 0)
+        return VisionOutput(vision.pooled, self.select(vision, grid), 0)
