@@ -3,20 +3,22 @@
 Run:  python benchmarks/approaches.py [--json] [--quick] [--only NAME ...] [--precision bf16] [--encoder B]
 
 ViT-S/16 at 224 with fresh weights (a step costs the same whatever they are), fp32, on one thread or the first GPU. Each
-approach runs in a fresh process: one step to warm up, then --steps, each forward, backward and AdamW. Where an approach
-has both branches, only the contrastive one runs, so that all rows encode the same full pictures; approaches with
-another objective run their own. Memory is the peak during forward and backward above what is held before (weights,
-optimizer states): resident memory on a CPU (Linux), allocated memory on a GPU. Peers: full fine-tuning, and peft's LoRA
-on the bare timm model. Bars: lst at most 0.18x the memory of full, adapters in the top four blocks 0.25x; a
-step on cached features (of 10) at most 0.01x the time of one without, both timed apart from memory: to count it, freed
-memory is given back at once, which costs a short step half its time. linear_map's language model runs in both: the mini
-one's forward and backward take 0.20 GFLOP a picture, ViT-S/16's forward 8.5, ViT-B/16's 34: on S it cannot meet it.
+approach runs in a fresh process (on a GPU, whose memory is counted apart, all in this one): one step to warm up, then
+--steps, each forward, backward and AdamW. Where an approach has both branches, only the contrastive one runs, so that
+all rows encode the same full pictures; approaches with another objective run their own. Memory is the peak during
+forward and backward above what is held before (weights, optimizer states): resident memory on a CPU (Linux), allocated
+memory on a GPU. Peers: full fine-tuning, and peft's LoRA on the bare timm model. Bars: lst at most 0.18x the memory of
+full, adapters in the top four blocks 0.25x; a step on cached features (of 10) at most 0.01x the time of one without,
+both timed apart from memory: to count it, freed memory is given back at once, which costs a short step half its time.
+linear_map's language model runs in both: the mini one's forward and backward take 0.20 GFLOP a picture, ViT-S/16's
+forward 8.5, ViT-B/16's 34: on S it cannot meet it, on B only with a batch that fills a step (--encoder B --batch 32).
 Checkpointed: with --model.encoder.gradient_checkpointing true.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import json
 import os
@@ -36,6 +38,7 @@ from wlsup.approaches import APPROACHES, approach_class
 from wlsup.batch import CaptionBatch
 from wlsup.data.datamodule import CaptionDataModule
 from wlsup.data.feature_cache import what_is_kept
+from wlsup.errors import WlsupError
 from wlsup.models.prefix import PrefixSpec
 from wlsup.models.vision import VisionSpec
 from wlsup.optim import build_optimizer
@@ -209,6 +212,17 @@ def run_apart(name: str, batch: int, steps: int, encoder: str, precision: str, w
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def run_here(name: str, batch: int, steps: int, encoder: str, precision: str, weigh: bool = True) -> dict[str, Any]:
+    """Measure one approach in this process."""
+    try:
+        return measure(name, batch, steps, encoder, precision, weigh)
+    except (RuntimeError, ImportError, WlsupError) as error:
+        return {"name": name, "error": str(error)[:200]}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def main() -> int:
     """Print the table, or with --json one JSON object; exits with 1 when a bar is missed or an approach fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -232,9 +246,10 @@ def main() -> int:
     unknown = [name for name in asked if name not in every]
     if unknown:
         parser.error(f"unknown row {unknown[0]!r}; there are: {', '.join(every)}")
+    run = run_here if torch.cuda.is_available() else run_apart
     rows = []
     for name in dict.fromkeys(["full", *asked]):
-        rows.append(run_apart(name, options.batch, steps, options.encoder, options.precision))
+        rows.append(run(name, options.batch, steps, options.encoder, options.precision))
         print(f"measured {name}", file=sys.stderr, flush=True)
     full = rows[0]
     for row in rows:
@@ -249,9 +264,7 @@ def main() -> int:
         base = name.removesuffix(", cached")
         if name in by_name and base in by_name:
             row = by_name[name]
-            apart = [
-                run_apart(one, options.batch, steps, options.encoder, options.precision, False) for one in (name, base)
-            ]
+            apart = [run(one, options.batch, steps, options.encoder, options.precision, False) for one in (name, base)]
             if failed := next((one["error"] for one in apart if "error" in one), None):
                 row["error"] = failed
                 continue
