@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from wlsup.draws import unshare
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).parents[1]
@@ -84,3 +86,4 @@ def logs_captured():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    unshare()  # a test that calls callbacks by hand may have left one

@@ -81,8 +81,17 @@ def test_seeds_layers_and_purposes_draw_apart_and_no_state_is_read_or_moved():
 def test_without_a_shared_stream_the_global_state_draws():
     torch.manual_seed(0)
     drawn = per_token(torch.empty(2, 3, 4), 0, "jitter")
+    assert not torch.equal(drawn, per_token(torch.empty(2, 3, 4), 0, "jitter"))
     torch.manual_seed(0)
-    assert torch.equal(drawn, torch.rand(2, 3, 4))
+    assert torch.equal(drawn, per_token(torch.empty(2, 3, 4), 0, "jitter"))
+
+
+def test_neither_0_nor_1_is_drawn_of_which_noise_would_be_infinite(monkeypatch):
+    for end in (0, 2**23 - 1):
+        monkeypatch.setattr(torch, "randint", lambda high, size, end=end, **_: torch.full(size, end, dtype=torch.int32))
+        drawn = per_token(torch.empty(1, 1, 1), 0, "noise")
+        assert 0 < drawn.item() < 1
+        assert torch.special.erfinv(2 * drawn - 1).isfinite()
 
 
 def test_the_draws_are_uniform_and_those_beside_each_other_independent():

@@ -28,7 +28,7 @@ _streams: dict[torch.device, torch.Generator] = {}
 
 
 def share(seed: int) -> None:
-    """Begin the processes' shared stream; ``seed`` must be the same on all of them. One process alone has no need."""
+    """Begin a shared stream; ``seed`` must be the same on all processes, and on a single one that is to draw alike."""
     global _seed
     _seed = seed
     _streams.clear()
@@ -82,7 +82,8 @@ def per_token(tokens: Tensor, layer: int, what: str) -> Tensor:
 
     Without a shared stream they are torch's. With one, each is a hash of the stream's seed, the layer, what it is for,
     the sample's row in the global batch, its position and its channel: nothing else moves it, neither what was drawn
-    before nor how long the samples beside are. A second pass of one step draws the same, a recomputed one too.
+    before nor how long the samples beside are. A second pass of one step draws the same, a recomputed one too. The
+    rows of ``tokens`` must be the process's whole batch, in its order.
 
     Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", the idea of a hash of a counter; the hash
     is Wellons' lowbias32, `Hash Prospector <https://github.com/skeeto/hash-prospector>`_.
@@ -93,12 +94,12 @@ def per_token(tokens: Tensor, layer: int, what: str) -> Tensor:
         what: what it is for, such as "jitter".
 
     Returns:
-        (B, L, C) float32: with a shared stream the middles of 2^23 intervals, so that neither 0 nor 1 is among them.
+        (B, L, C) float32, the middles of 2^23 intervals: neither 0 nor 1 is among them.
     """
     batch, length, channels = tokens.shape
     device = tokens.device
     if _seed is None:
-        return torch.rand(batch, length, channels, device=device)
+        return _uniform(torch.randint(2**23, (batch, length, channels), dtype=torch.int32, device=device))
     world, rank = processes()
     digest = hashlib.blake2b(f"{_seed}/{layer}/{what}".encode(), digest_size=8).digest()
     keys = [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
@@ -106,14 +107,21 @@ def per_token(tokens: Tensor, layer: int, what: str) -> Tensor:
     # No two tokens of 2^17 samples x 10^4 positions have one number here (checked for these factors).
     token = _hashed((rows * world + rank).mul_(_ODD[0])[:, None] + positions.mul_(_ODD[1]).add_(keys[0]))
     number = _hashed(token[:, :, None] + places.mul_(_ODD[2]).bitwise_xor_(keys[1]))
-    return number.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).to(torch.float32).add_(0.5).mul_(2**-23)
+    return _uniform(number.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF))
+
+
+def _uniform(number: Tensor) -> Tensor:
+    """Whole numbers below 2^23 -> the middles of as many intervals of (0, 1), exact in float32."""
+    return number.to(torch.float32).add_(0.5).mul_(2**-23)
 
 
 def _hashed(x: Tensor) -> Tensor:
     """Hash 32-bit integers, in place: a bijection in which each bit of the input turns about half of the output's."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
-        # torch's shift keeps the sign: the bits that it brings in are cut off
-        x.bitwise_xor_((x >> shift).bitwise_and_(0xFFFFFFFF >> shift))
-        if factor != 1:
-            x.mul_(factor)
-    return x
+    _fold(x, 16).mul_(0x7FEB352D)
+    _fold(x, 15).mul_(0x846CA68B - 2**32)
+    return _fold(x, 16)
+
+
+def _fold(x: Tensor, shift: int) -> Tensor:
+    """Combine each number with its own upper bits, in place; torch's shift would bring in copies of the sign."""
+    return x.bitwise_xor_((x >> shift).bitwise_and_(0xFFFFFFFF >> shift))

@@ -29,6 +29,8 @@ def graph_of(approach, images):
         ("selective_k", {"criterion": "explicit", "k": None, "groups": ["embed"]}, 0),
         ("lit", {}, 6),
         ("lst", {}, 6),
+        ("linear_map", {}, 6),
+        ("magma", {"encoder_lr": 0.0}, 6),
         ("full", {}, 0),
         ("film", {}, 0),
         ("film", {"top": 2}, 4),

@@ -43,6 +43,9 @@ def test_the_paper_preset_fits_every_approach(name, monkeypatch):
         ("full", "encoder_lr", 1e-5),
         ("mae_cl", "encoder_lr", 1e-5),
         ("selective_k", "encoder_lr", 1e-5),
+        ("mae_lm", "encoder_lr", 1e-5),
+        ("mae_cl", "decoder.warmup_batches", 200),
+        ("mae_lm", "decoder.warmup_batches", 200),
         ("token_replay", "tokens", 16),
         ("bottleneck", "hidden", 64),
         ("lst", "reduction", 8),
@@ -52,6 +55,7 @@ def test_the_paper_preset_fits_every_approach(name, monkeypatch):
 )
 def test_an_approach_s_own_values_come_on_top(name, key, value, monkeypatch):
     monkeypatch.chdir(ROOT)
-    mini = ["--model.encoder.weights", "mini", "--model.text.weights", "mini"]
+    reads = "language" if name == "mae_lm" else "text"
+    mini = ["--model.encoder.weights", "mini", f"--model.{reads}.weights", "mini"]
     cli = configure(approach_class(name), CaptionDataModule, [*command(name), *mini], "fit", build=False)
     assert cli.config.model[key] == value

@@ -23,18 +23,21 @@ TALK = {
         20_000,
         ["imagenet_captions.json", "data/imagenet/train", "wlsup data fetch imagenet_captions"],
         lambda folder: write_imagenet_captions(folder, each=12),
+        ("imagenet_captions/imagenet_captions.json", "imagenet/train"),
     ),
     "token_replay_cc3m": (
         "token_replay",
         20_000,
         ["Train_GCC-training.tsv", "data/cc3m/images", "wlsup data fetch cc3m"],
         write_cc3m,
+        ("cc3m/Train_GCC-training.tsv", "cc3m/images"),
     ),
     "film_coco": (
         "film",
         10_000,
         ["captions_train2017.json", "data/coco/train2017", "wlsup data fetch coco"],
         lambda folder: write_coco(folder, coco_json(24)),
+        ("coco/annotations/captions_train2017.json", "coco/train2017"),
     ),
 }
 ARCHITECTURE = "vit(img_size=32,patch_size=8,embed_dim=32,depth=3,num_heads=2)"
@@ -47,7 +50,7 @@ def fit(name, *options):
 
 def test_there_is_a_recipe_for_each_table_and_it_names_the_talks_setting():
     assert {path.stem for path in Path("experiments/talk").glob("*.yaml")} == set(TALK)
-    for name, (approach, pairs, _, _) in TALK.items():
+    for name, (approach, pairs, *_) in TALK.items():
         recipe = yaml.safe_load(Path(f"experiments/talk/{name}.yaml").read_text())
         assert (recipe["approach"], recipe["data"]["pairs"]) == (approach, pairs)
         assert recipe["model"]["encoder"]["weights"] == "vit_base_patch16_224.dino"
@@ -57,10 +60,8 @@ def test_there_is_a_recipe_for_each_table_and_it_names_the_talks_setting():
 @pytest.mark.parametrize("name", TALK)
 def test_without_weights_and_sets_one_sentence_lists_all_there_is_to_fetch(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("wlsup.cli.lacking._in_cache", lambda repository: False)
-    monkeypatch.setenv("WLSUP_DATA", str(tmp_path))
-    paths = {option: f"{tmp_path}/{text}" for option, text in zip(("captions", "images"), TALK[name][2], strict=False)}
-    options = [part for option, path in paths.items() for part in (f"--data.{option}", path)]
-    assert fit(name, *options, "--runs", tmp_path / "runs") == 2
+    monkeypatch.setenv("WLSUP_DATA", str(tmp_path / "data"))
+    assert fit(name, "--runs", tmp_path / "runs") == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
     wanted = [*TALK[name][2], ", ".join(SETS), "hf download timm/vit_base_patch16_224.dino"]
@@ -91,8 +92,11 @@ def test_a_recipe_runs_whole_on_native_stand_ins(name, tmp_path, capsys):
     torch.manual_seed(0)
     encoder = build_vision(VisionSpec(weights="vit_tiny_patch16_224", architecture=ARCHITECTURE, pretrained=False))
     torch.save(encoder.backbone.state_dict(), tmp_path / "dino.pt")
-    paths = TALK[name][3](tmp_path / "source")
-    options = ["--data.captions", paths["captions"], "--data.images", paths["images"], "--data.root", tmp_path / "data"]
+    paths, places = TALK[name][3](tmp_path / "source"), TALK[name][4]
+    for what, place in zip(("captions", "images"), places, strict=True):  # where `wlsup data fetch` puts them
+        (tmp_path / "data" / place).parent.mkdir(parents=True, exist_ok=True)
+        Path(paths[what]).rename(tmp_path / "data" / place)
+    options = ["--data.root", tmp_path / "data"]
     options += ["--model.encoder.weights", tmp_path / "dino.pt", "--model.encoder.architecture", ARCHITECTURE]
     options += ["--model.text.weights", "mini", "--model.decoder.width", 16, "--model.decoder.depth", 1]
     options += ["--model.decoder.heads", 2, "--data.batch_size", 8, "--data.pairs", 16, "--data.validation_pairs", 4]

@@ -149,7 +149,7 @@ def test_held_out_pairs_come_from_a_cache_too_with_first_captions(lit):
 def test_the_encoder_part_of_later_epochs_is_100_times_faster(lit):
     data = data_for(lit)
     data.train_dataloader()
-    cache = data._caches["train"].cache
+    cache = data._caches["train"][1].cache
     batch, positions = plain_dataset(data).__getitems__(list(range(64))), list(range(64))
 
     def fastest(work):

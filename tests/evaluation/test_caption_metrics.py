@@ -1,6 +1,7 @@
 """Each score against its published implementation on the same tokens, and against values worked out by hand."""
 
 import csv
+import importlib.util
 import random
 import sys
 from collections import defaultdict
@@ -12,6 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_wordnet import NAMES, use_none, use_wordnet  # noqa: E402
+
+from tests.conftest import lacking  # noqa: E402
 
 from wlsup.evaluation.caption_metrics import (  # noqa: E402
     TOKENIZATION,
@@ -41,7 +44,8 @@ def corpus(pictures, seed, shortest=4):
 
 def peers(generated, references):
     """Return pycocoevalcap's BLEU-1..4, ROUGE-L and CIDEr-D, with the latter two's scores by picture."""
-    pytest.importorskip("pycocoevalcap", reason="the published implementation comes with `pip install wlsup[test]`")
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        lacking("the published implementation comes with `pip install wlsup[test]`")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -150,7 +154,8 @@ def test_a_caption_without_a_word_scores_nought():
 
 
 def test_meteor_counts_words_stems_and_synonyms_of_wordnet(monkeypatch, tmp_path):
-    pytest.importorskip("nltk", reason="nltk comes with `pip install wlsup[test]`")
+    if importlib.util.find_spec("nltk") is None:
+        lacking("nltk comes with `pip install wlsup[test]`")
     use_wordnet(monkeypatch, tmp_path)
     assert meteor_absent() is None
     said = ["a", "dog", "runs", "fast"]
@@ -163,7 +168,8 @@ def test_meteor_counts_words_stems_and_synonyms_of_wordnet(monkeypatch, tmp_path
 
 
 def test_meteor_says_what_it_lacks(monkeypatch, tmp_path):
-    pytest.importorskip("nltk", reason="nltk comes with `pip install wlsup[test]`")
+    if importlib.util.find_spec("nltk") is None:
+        lacking("nltk comes with `pip install wlsup[test]`")
     with monkeypatch.context() as here:
         use_none(here, tmp_path)
         assert "nltk has no WordNet" in meteor_absent()

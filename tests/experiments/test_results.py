@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from wlsup.approaches import APPROACHES
+from wlsup.evaluation.statistics import over_seeds
 
-RESULTS = Path(__file__).parents[2] / "experiments" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results"
 TABLE = json.loads((RESULTS / "mini.json").read_text())
 
 
@@ -48,6 +50,30 @@ def test_the_tables_are_made_of_the_runs(script):
     timed = RESULTS / "train_seconds.json"
     walls = json.loads(timed.read_text())["seconds"] if timed.is_file() else None
     assert script.markdown(rows, {}, "mini", walls) == (RESULTS / "mini.md").read_text()
+
+
+def test_pages_tell_the_tables_figures():
+    page = (ROOT / "docs" / "approaches" / "mae_lm.md").read_text()
+    [row] = [row for row in TABLE["rows"] if row["approach"] == "mae_lm"]
+    shapes = row["knn"]["mini_shapes"]
+    assert f"mini_shapes {100 * shapes['pretrained']:.1f} -> {100 * shapes['finetuned']['mean']:.1f} %" in page
+    page = (ROOT / "docs" / "approaches" / "magma_moe.md").read_text().replace("\n", " ")
+    for told, digits, read in (
+        ("caption loss {} nats a token", 4, lambda run: run["captioning"]["scores"]["loss"]["value"]),
+        ("BLEU-4 {}", 3, lambda run: run["captioning"]["scores"]["bleu_4"]["value"]),
+        ("CIDEr-D {}", 3, lambda run: run["captioning"]["scores"]["cider_d"]["value"]),
+        ("out-of-domain k-NN {} points", 1, lambda run: 100 * run["summary"]["out_of_domain_delta"]),
+        ("in-domain k-NN {} points", 1, lambda run: 100 * run["summary"]["in_domain_delta"]),
+    ):
+        runs = {name: [read(a_run(name, seed)) for seed in (0, 1, 2)] for name in ("magma_moe", "magma")}
+        found = over_seeds([ours - theirs for ours, theirs in zip(*runs.values(), strict=True)])
+        half = found["ci95"][1] - found["mean"]
+        figure = f"{found['mean']:+.{digits}f} ± {half:.{digits}f}".replace("-", "−")
+        assert told.format(figure) in page, told.format(figure)
+
+
+def a_run(approach, seed):
+    return json.loads((RESULTS / "runs" / "mini" / approach / f"seed{seed}" / "results.json").read_text())
 
 
 def test_make_train_takes_four_minutes_at_most_for_every_approach():

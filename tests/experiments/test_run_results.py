@@ -123,8 +123,9 @@ def test_only_what_is_missing_is_run_and_the_table_grows(script, tmp_path, monke
     assert "**+2.1 [" in (tmp_path / "mini.md").read_text()
     monkeypatch.setattr(sys, "argv", ["run_results", "--approaches", "full", *call[4:]])
     assert script.main() == 0
-    rows = json.loads((tmp_path / "mini.json").read_text())["rows"]
-    assert [row["approach"] for row in rows] == ["film", "full"]  # those that have runs from before stay
+    table = json.loads((tmp_path / "mini.json").read_text())
+    assert [row["approach"] for row in table["rows"]] == ["film", "full"]  # those that have runs from before stay
+    assert set(table["failures"]) == {"lit, seed 0", "lit, seed 1"}
 
 
 def test_seeds_of_different_recipes_are_no_row(script, tmp_path):

@@ -261,3 +261,23 @@ def test_a_decoder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "cut.pth")
     with pytest.raises(WlsupError, match=r"blocks\.1\.attn\.qkv\.weight"):
         build_mae(VisionSpec(str(tmp_path / "cut.pth")), SMALL)
+
+
+def test_a_fresh_decoder_warms_up_without_moving_the_encoder(tmp_path: Path) -> None:
+    spec = DecoderSpec(width=64, depth=2, heads=4, warmup_batches=2)
+    save_vision(tiny().encoder, tmp_path / "encoder")
+    mae = build_mae(VisionSpec(str(tmp_path / "encoder")), spec).train()
+    moved = []
+    for _ in range(3):
+        mae.eval()(pictures(), noise=noise())  # evaluation does not count
+        output = mae.train()(pictures(), noise=noise())
+        reconstruction_loss(output.prediction, pictures(), output.mask, 8).backward()
+        assert mae.decoder.embed.weight.grad.any()
+        moved.append(bool(mae.encoder.backbone.patch_embed.proj.weight.grad.any()))
+        mae.zero_grad()
+    assert moved == [False, False, True]
+    save_mae(mae, tmp_path / "whole")
+    again = build_mae(VisionSpec(str(tmp_path / "whole")), spec).train()  # its decoder is no longer fresh
+    assert again.decoder_pretrained and not hasattr(again.decoder, "warmed")
+    assert torch.equal(again(pictures(), noise=noise()).prediction, mae(pictures(), noise=noise()).prediction)
+    assert not tiny(decoder=spec).decoder_spec.warmup_batches  # nor one on an encoder that knows as little

@@ -56,12 +56,22 @@ def test_pool_averages_squares():
     assert torch.allclose(chosen[:, 1], seen.patch_tokens[:, [2, 3, 6, 7]].mean(1), atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"pool": 2}, {"tokens": "pooled", "length": 3}])
-def test_what_is_kept_of_a_picture_gives_the_same_prefix(options):
+@pytest.mark.parametrize(("options", "count"), [({}, 16), ({"pool": 2}, 4), ({"tokens": "pooled", "length": 3}, 0)])
+def test_what_is_kept_of_a_picture_gives_the_same_prefix(options, count):
     seen, prefix = vision(), ImagePrefix(6, 8, PrefixSpec(**options)).eval()
     kept = prefix.reduced(seen, (4, 4))
-    assert kept.tokens.shape == (2, {"pool": 4, "tokens": 0}.get(next(iter(options), ""), 16), 6)
+    assert kept.tokens.shape == (2, count, 6)
     assert torch.equal(prefix(kept, (4, 4)), prefix(seen, (4, 4)))
+
+
+def test_patches_that_are_not_of_the_grid_are_refused():
+    prefix = ImagePrefix(6, 8, PrefixSpec())
+    with pytest.raises(WlsupError, match="4 patches are not a grid of 4 x 4"):
+        prefix(prefix_of_pool_2(), (4, 4))
+
+
+def prefix_of_pool_2():
+    return ImagePrefix(6, 8, PrefixSpec(pool=2)).reduced(vision(), (4, 4))
 
 
 def test_patches_of_a_masked_picture_are_put_in_order():

@@ -114,3 +114,37 @@ def test_any_module_runs_batched():
 def test_an_unknown_activation_names_those_there_are():
     with pytest.raises(WlsupError, match=r"Unknown activation 'glue'.*Did you mean 'gelu'"):
         MLPExpert(4, 8, activation="glue")
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_their_stack_brings_each_expert_its_own_gradient_and_a_frozen_one_none(name):
+    first = MADE[name]()
+    experts = [copy.deepcopy(first) for _ in range(3)]
+    for number, expert in enumerate(experts):
+        for parameter in expert.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        expert.requires_grad_(number != 1)
+    slots, gradients = torch.randn(3, 4, WIDTH), []
+    for outputs in (
+        run_batched(slots, experts),
+        torch.stack([expert(own) for expert, own in zip(experts, slots, strict=True)]),
+    ):
+        outputs.square().sum().backward()
+        gradients.append([p.grad for expert in experts for p in expert.parameters()])
+        for expert in experts:
+            expert.zero_grad()
+    for ours, wanted in zip(*gradients, strict=True):
+        assert (ours is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        run_batched(slots, experts).float().square().sum().backward()
+    for parameter, wanted in zip((p for expert in experts for p in expert.parameters()), gradients[1], strict=True):
+        if wanted is not None:
+            assert parameter.grad.dtype == parameter.dtype
+            assert (parameter.grad - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_experts_of_different_shapes_are_not_stacked():
+    with pytest.raises(WlsupError, match="different shapes"):
+        run_batched(torch.randn(2, 4, WIDTH), [MLPExpert(WIDTH, 1), MLPExpert(WIDTH, HIDDEN)])

@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from wlsup.approaches import APPROACHES, approach_class
 from wlsup.batch import CaptionBatch
 from wlsup.data.datamodule import CaptionDataModule
+from wlsup.data.feature_cache import what_is_kept
 from wlsup.draws import share, unshare
+from wlsup.models.prefix import PrefixSpec
 from wlsup.moe import MoESpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec
@@ -51,7 +53,7 @@ CASES = {name: (name, {}) for name in APPROACHES} | {
 }
 CACHED = {
     "lit, cached": CASES["lit"],
-    "linear_map, cached": CASES["linear_map"],
+    "linear_map, cached": ("linear_map", {"prefix": PrefixSpec(pool=2, layer_norm=False)}),
     "magma, cached": ("magma", {"encoder_lr": 0.0}),
     "magma_moe, cached": ("magma_moe", {"encoder_lr": 0.0, "moe": MoESpec(**MOE)}),
 }
@@ -116,7 +118,7 @@ def step(case, rank, world):
     approach = made(name, options, batch)
     if case in CACHED:
         with torch.no_grad():
-            batch = replace(batch, images=torch.empty(len(batch), 0), encoded=approach.encoder(batch.images))
+            batch = replace(batch, images=torch.empty(len(batch), 0), encoded=what_is_kept(approach)(batch.images))
     whole = Training(approach)
     if world > 1 and case in SHARDED:
         shard(approach.shardable, torch.device("cpu"))

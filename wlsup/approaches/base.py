@@ -35,7 +35,7 @@ class Approach(lightning.LightningModule):
     untouched: bool = False
     """The plan leaves the encoder's function as it is (its configuration may decide): features may be cached."""
     cacheable: Literal["", "pooled", "tokens"] = ""
-    """What `losses` and `embed` take of pictures, and only through `encode`; "" where they need the pictures."""
+    """What `losses` and `embed` take of pictures, by `encode` only; "" where they need the pictures themselves."""
     identity_at_start: ClassVar[bool] = True
     """At step 0 the encoder computes the pretrained function."""
 
@@ -77,7 +77,7 @@ class Approach(lightning.LightningModule):
         return self.encoder.features(images)
 
     def encode(self, batch: CaptionBatch) -> VisionOutput:
-        """Return what the encoder makes of whole pictures under the null condition; of the cache where there is one."""
+        """Return what the encoder makes of whole pictures, told no caption; or what a cache kept (`what_is_kept`)."""
         return self.encoder(batch.images) if batch.encoded is None else batch.encoded
 
     def pretrained(self) -> VisionEncoder:

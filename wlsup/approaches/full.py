@@ -36,7 +36,7 @@ class Full(Approach):
         regularizer: what holds the encoder near the pretrained one.
         lr: of the heads, after warm-up.
         weight_decay: of matrices.
-        encoder_lr: of the pretrained encoder (and decoder), lower than that of the fresh heads.
+        encoder_lr: of the pretrained encoder (and decoder, unless that is fresh), lower than that of the fresh heads.
 
     Raises:
         WlsupError: a share of captions to drop, of which none is told.
@@ -68,9 +68,14 @@ class Full(Approach):
         return self.mae.encoder
 
     @property
+    def decoder_lr(self) -> float:
+        """A fresh decoder learns as fast as what else is fresh."""
+        return self.encoder_lr if self.mae.decoder_pretrained else self.lr
+
+    @property
     def plan(self) -> TrainPlan:
         """Encoder and heads train, and the decoder if it is used; the text encoder is frozen."""
-        decoder = Train("mae.decoder.*", self.encoder_lr, self.weight_decay)
+        decoder = Train("mae.decoder.*", self.decoder_lr, self.weight_decay)
         return TrainPlan(
             [
                 TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),

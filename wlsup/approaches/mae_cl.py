@@ -32,7 +32,7 @@ class MaeCL(Approach):
         regularizer: what holds the encoder near the pretrained one.
         lr: of all that trains, after warm-up.
         weight_decay: of matrices.
-        encoder_lr: of the pretrained encoder and decoder, lower than that of the fresh heads.
+        encoder_lr: of the pretrained encoder, and decoder unless that is fresh, lower than that of the fresh heads.
 
     Raises:
         WlsupError: a share of captions to drop, of which none is told.
@@ -69,6 +69,11 @@ class MaeCL(Approach):
         return self.mae.encoder
 
     @property
+    def decoder_lr(self) -> float:
+        """A fresh decoder learns as fast as what else is fresh."""
+        return self.encoder_lr if self.mae.decoder_pretrained else self.lr
+
+    @property
     def plan(self) -> TrainPlan:
         """Encoder, decoder and heads train; only the text encoder is frozen."""
         return TrainPlan(
@@ -76,7 +81,7 @@ class MaeCL(Approach):
                 TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 Freeze("mae.*pos_embed"),
                 Train("mae.encoder.*", self.encoder_lr, self.weight_decay),
-                TrainIf(self.objective.reconstruction_weight, "mae.decoder.*", self.encoder_lr, self.weight_decay),
+                TrainIf(self.objective.reconstruction_weight, "mae.decoder.*", self.decoder_lr, self.weight_decay),
                 Freeze("text.*"),
             ]
         )

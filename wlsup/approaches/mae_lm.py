@@ -45,7 +45,7 @@ class MaeLM(Approach):
         regularizer: what holds the encoder near the pretrained one.
         lr: of the map or the caption decoder, after warm-up.
         weight_decay: of matrices.
-        encoder_lr: of the pretrained encoder and decoder, lower than that of the fresh parts.
+        encoder_lr: of the pretrained encoder, and decoder unless that is fresh, lower than that of the fresh parts.
 
     Raises:
         WlsupError: prefix and captions do not fit the language model's positions.
@@ -92,6 +92,11 @@ class MaeLM(Approach):
         return self.mae.encoder
 
     @property
+    def decoder_lr(self) -> float:
+        """A fresh decoder learns as fast as what else is fresh."""
+        return self.encoder_lr if self.mae.decoder_pretrained else self.lr
+
+    @property
     def plan(self) -> TrainPlan:
         """Encoder, decoder and what reads the encoder train; the language model is frozen."""
         reader = "captioner.*" if self.language is None else "prefix.*"
@@ -100,7 +105,7 @@ class MaeLM(Approach):
                 TrainIf(self.objective.captioning_weight, reader, self.lr, self.weight_decay),
                 Freeze("mae.*pos_embed"),
                 Train("mae.encoder.*", self.encoder_lr, self.weight_decay),
-                TrainIf(self.objective.reconstruction_weight, "mae.decoder.*", self.encoder_lr, self.weight_decay),
+                TrainIf(self.objective.reconstruction_weight, "mae.decoder.*", self.decoder_lr, self.weight_decay),
                 *([] if self.language is None else [Freeze("language.*")]),
             ]
         )

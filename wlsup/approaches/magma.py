@@ -110,7 +110,7 @@ class Magma(Approach):
         return {"loss": loss, "captioning": loss}
 
     def kept(self, images: Tensor) -> VisionOutput:
-        """(B, 3, H, W) of this size -> what `data.cache_features` keeps: the tokens that the map reads."""
+        """(B, 3, H, W) of the encoder's size -> what a cache keeps of them: no more tokens than the map reads."""
         return self.prefix.reduced(self.encoder(images), self.encoder.grid_size)
 
     @torch.no_grad()

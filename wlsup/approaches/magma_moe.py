@@ -231,7 +231,7 @@ class MagmaMoE(Approach):
         update_biases(self, skipped=all(parameter.grad is None for parameter in self.mixtures.parameters()))
 
     def kept(self, images: Tensor) -> VisionOutput:
-        """(B, 3, H, W) of this size -> what `data.cache_features` keeps: the tokens that the map reads."""
+        """(B, 3, H, W) of the encoder's size -> what a cache keeps of them: no more tokens than the map reads."""
         return self.prefix.reduced(self.encoder(images), self.encoder.grid_size)
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ class Reprogrammed(nn.Module):
 
 
 class ReprogrammingApproach(Approach):
-    """A learned frame of pixels that makes a frozen classifier of one set solve another.
+    """A learned program of pixels that makes a frozen classifier of one set solve another.
 
     The classifier is the pretrained encoder with a linear head, fitted once, on ``source``'s training split, before the
     first step (logistic regression, the same every time). Then only the program trains, on ``task``'s training split;
@@ -83,7 +83,7 @@ class ReprogrammingApproach(Approach):
     """
 
     name = "reprogramming"
-    summary = "a learned frame of pixels makes a frozen classifier do another task (adversarial reprogramming)"
+    summary = "a learned program of pixels makes a frozen classifier do another task (adversarial reprogramming)"
     untouched = True
 
     def __init__(

@@ -43,11 +43,12 @@ _ENCODER = "mae.encoder.backbone."
 class SelectiveK(Approach):
     """Of the encoder's ordered groups of weights, the k with the highest score train; the others stay frozen.
 
-    "Selective k-fine-tuning" is a name from the talk without a published definition; this one is ours. Nearest to it is
-    surgical fine-tuning (Lee et al. 2023). ``k = 0`` leaves the encoder frozen, ``k`` = all is `full`. Scores by
+    "Selective k-fine-tuning" is a name from the talk without a published definition; this one is ours. ``k = 0`` leaves the encoder frozen, ``k`` = all is `full`. Scores by
     gradients are computed once, from the first batches of training under this approach's own loss, averaged over the
     processes, so that each chooses the same; what was chosen is in the plan and in the checkpoint. The objective is
     `full`'s: contrastive, and masked reconstruction where it has a weight.
+
+    Source: ours; nearest to it, Lee et al. 2023, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts".
 
     Args:
         encoder: the pretrained vision encoder.
@@ -59,7 +60,7 @@ class SelectiveK(Approach):
         regularizer: what holds the encoder near the pretrained one.
         lr: of the heads, after warm-up.
         weight_decay: of matrices.
-        encoder_lr: of the chosen groups (and the decoder).
+        encoder_lr: of the chosen groups (and the decoder, unless that is fresh).
         k: how many groups train; None: as many as ``groups`` names.
         criterion: "last" or "first" in order; "random"; "rgn", relative gradient norm; "fisher", mean squared gradient;
             "alpha", the exponent of the weights' spectra, largest first; "explicit", those named in ``groups``.
@@ -117,6 +118,11 @@ class SelectiveK(Approach):
         return self.mae.encoder
 
     @property
+    def decoder_lr(self) -> float:
+        """A fresh decoder learns as fast as what else is fresh."""
+        return self.encoder_lr if self.mae.decoder_pretrained else self.lr
+
+    @property
     def plan(self) -> TrainPlan:
         """The chosen groups and the heads train.
 
@@ -131,7 +137,7 @@ class SelectiveK(Approach):
         chosen = [group for group in self.groups if group.name in self.chosen]
         patterns = [_ENCODER + pattern for group in chosen for pattern in group.patterns]
         used = bool(self.objective.reconstruction_weight)
-        decoder = [Train("mae.decoder.*", self.encoder_lr, self.weight_decay)] if used else []
+        decoder = [Train("mae.decoder.*", self.decoder_lr, self.weight_decay)] if used else []
         every = len(chosen) == len(self.groups)
         return TrainPlan(
             [

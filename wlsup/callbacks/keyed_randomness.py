@@ -48,6 +48,16 @@ class KeyedRandomness(Callback):
         unshare()
         torch.manual_seed(self._key("validation", 0, batch_idx, 0))
 
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """End the shared stream: what comes after the run is not one of its steps."""
+        unshare()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """End it there too."""
+        unshare()
+
     def _key(self, *key: str | int) -> int:
         digest = hashlib.sha256("/".join(map(str, (self.seed, *key))).encode()).digest()
         return int.from_bytes(digest[:8], "little")

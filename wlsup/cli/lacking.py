@@ -7,6 +7,7 @@ from typing import Any
 
 from wlsup.data.catalog import CATALOG
 from wlsup.data.evalsets import locate_eval_set
+from wlsup.data.locate import data_root, fetched_paths
 from wlsup.errors import WlsupError
 
 __all__ = ["refuse_what_lacks"]
@@ -47,9 +48,13 @@ def refuse_what_lacks(config: Any) -> None:
 def _lacking_pairs(config: Any) -> list[str]:
     fetched = _FETCHED.get(config.get("data.source"), (None, None))
     lacking: dict[str, list[str]] = {}
+    given = {option: config.get(f"data.{option}") for option in ("captions", "images")}
+    if not any(given.values()):
+        root = data_root(config.get("data.root"))
+        given = dict(zip(given, fetched_paths(str(config.get("data.source")), root), strict=True))
     for option, what, entry in zip(("captions", "images"), ("captions", "pictures"), fetched, strict=True):
-        given = config.get(f"data.{option}") or []
-        for path in [given] if isinstance(given, str) else given:
+        paths = given[option] or []
+        for path in [paths] if isinstance(paths, str) else paths:
             if not Path(path).expanduser().exists():
                 lacking.setdefault(_how(entry), []).append(f"the {what} {path} (data.{option})")
     return [f"{' and '.join(names)}{how}" for how, names in lacking.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from wlsup.data.evalsets import EvalSetSpec, build_eval_set, check_eval_sets, lo
 from wlsup.data.feature_cache import CachedDataset, cache_of
 from wlsup.data.keyed_datamodule import KeyedDataModule
 from wlsup.data.loader import BatchLoader
+from wlsup.data.locate import data_root, fetched_paths
 from wlsup.data.replay import ReplayDataset, check_replay, replay_pictures
 from wlsup.data.sources import CaptionSource, SourceRequest, check_source, load_source
 from wlsup.data.stores import check_path
@@ -37,7 +39,8 @@ class CaptionDataModule(KeyedDataModule):
     Args:
         source: name of a source: "mini", "table", "coco", "conceptual_captions", "imagenet_captions",
             "imagenet_class_names" or "shards".
-        captions: path of the captions, for sources that read files.
+        captions: path of the captions, for sources that read files. With neither this nor ``images``, a set that
+            `wlsup data fetch` brings is looked for where that puts it, below ``root``.
         images: folder, tar or zip of the pictures, likewise; for shards their folder.
         pairs: number of training images; None for all that are not held out.
         manifest: file of keys, as a run saves them, that are to be the training images again, whatever ``pairs``
@@ -95,7 +98,7 @@ class CaptionDataModule(KeyedDataModule):
         super().__init__(batch_size, num_workers, seed, max_bad_fraction, decoder, patience)
         self.replay = "mini" if replay is None and source == "mini" else replay
         self.cache_features = cache_features
-        self._caches: dict[str, CachedDataset] = {}
+        self._caches: dict[str, tuple[weakref.ref | None, CachedDataset]] = {}  # and of which approach
         if shuffle_window is not None and shuffle_window < 1:
             raise WlsupError(f"shuffle_window={shuffle_window}: give a number of shards >= 1, or leave it unset.")
         check_source(source, source_options or {})
@@ -103,6 +106,8 @@ class CaptionDataModule(KeyedDataModule):
         self.manifest_file = manifest
         self.root = root
         self.shuffle_window = shuffle_window
+        if captions is None and images is None:
+            captions, images = fetched_paths(source, data_root(root))
         self.request = SourceRequest(captions, images, pairs, validation_pairs, max_bad_fraction)
         self.crop_scale = crop_scale
         self.horizontal_flip = horizontal_flip
@@ -222,15 +227,16 @@ class CaptionDataModule(KeyedDataModule):
         return ReplayDataset(dataset, PictureDataset(keys, pictures, transform, spec, self.seed), self.seed)
 
     def _cached(self, part: str, source: CaptionSource, spec: ImageSpec) -> CachedDataset:
-        """Return the pairs of a part with the encoder's features in place of pictures, computed on the first call."""
-        if part not in self._caches:
+        """Return the pairs of a part with features in place of pictures, computed on an approach's first call."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        owner = None if module is None else weakref.ref(module)
+        if part not in self._caches or self._caches[part][0] != owner:
             dataset = CaptionDataset(
                 source.keys, source.captions, source.pictures, EvalTransform(spec), spec, self.seed
             )
-            module = None if self.trainer is None else self.trainer.lightning_module
             cache = cache_of(module, dataset, self.batch_size, self.num_workers, self.note, self.patience)
-            self._caches[part] = CachedDataset(cache, dataset, training=part == "train")
-        return self._caches[part]
+            self._caches[part] = owner, CachedDataset(cache, dataset, training=part == "train")
+        return self._caches[part][1]
 
     def eval_datasets(self) -> list[EvalSet]:
         """Return the labelled sets, built once."""

@@ -33,7 +33,7 @@ class FeatureCache:
     """What an encoder makes of each of n pictures, in fp32, in memory.
 
     Args:
-        keep: "pooled" for one feature a picture, or "tokens" for all of its tokens beside it.
+        keep: "pooled" for one feature a picture, or "tokens" for the tokens that ``encode`` gives beside it.
     """
 
     def __init__(self, keep: Literal["pooled", "tokens"] = "pooled") -> None:
@@ -115,7 +115,7 @@ def cache_of(
     note: Callable[[Any], None],
     patience: float = PATIENCE,
 ) -> FeatureCache:
-    """Fill a cache with what an approach's encoder makes of a data set's pictures.
+    """Fill a cache with what an approach reads of a data set's pictures.
 
     Args:
         module: the approach; it says by ``untouched`` and ``cacheable`` whether and what of it may be kept.
@@ -132,7 +132,8 @@ def cache_of(
         name = getattr(module, "name", "no approach")
         raise WlsupError(
             f"data.cache_features keeps what a frozen encoder makes of each picture; {name} trains the encoder, or "
-            "changes the pictures it sees. Set it to false, or use an approach that reads a locked encoder: lit."
+            "changes the pictures it sees. Set it to false, or use an approach that reads a locked encoder: lit, "
+            "linear_map, cross_modal_reprogramming, or magma and magma_moe with model.encoder_lr 0."
         )
     _log.info("data.cache_features: the encoder runs once over %d pictures; there is no augmentation", len(dataset))
     cache = FeatureCache(module.cacheable)
@@ -147,7 +148,10 @@ def cache_of(
 
 
 def what_is_kept(module: Any) -> Encode:
-    """Return what makes of pictures what the cache keeps: an approach's ``kept`` where it has one, else its encoder."""
+    """Return what makes of pictures what the cache keeps: an approach's ``kept`` where it has one, else its encoder.
+
+    A ``kept`` (B, 3, H, W) -> `VisionOutput` leaves out what the approach does not read, such as the class token.
+    """
     return getattr(module, "kept", module.encoder)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wlsup.data.catalog import CatalogEntry
 
-__all__ = ["Status", "data_root", "entry_status", "source_paths"]
+__all__ = ["Status", "data_root", "entry_status", "fetched_paths", "source_paths"]
 
 _ALIASES = {"cc3m": "conceptual_captions"}
 
@@ -63,19 +63,32 @@ def source_paths(name: str, captions: str | None, images: str | None, root: Path
     source = _ALIASES.get(name, name)
     if captions is not None or (images is not None and source in {"conceptual_captions", "shards"}):
         return source, captions, images
-    candidates: dict[str, tuple[Iterable[Path], Iterable[Path]]] = {
+    texts, pictures = _candidates(source, root)
+    return source, _first(texts), images or _first(pictures)
+
+
+def fetched_paths(source: str, root: Path) -> tuple[str | None, str | None]:
+    """Return where `wlsup data fetch` puts a source's captions and pictures, whether or not they are there.
+
+    Args:
+        source: name of a source; (None, None) for one that nothing is fetched for.
+        root: the folder of all data sets.
+    """
+    found = [(_first(paths), paths) for paths in _candidates(source, root)]
+    texts, pictures = (there or (str(paths[0]) if paths else None) for there, paths in found)
+    return texts, pictures
+
+
+def _candidates(source: str, root: Path) -> tuple[list[Path], list[Path]]:
+    cc3m = sorted((root / "cc3m").glob("*.tsv")) or [root / "cc3m/Train_GCC-training.tsv"]
+    return {
         "coco": (
             [root / "coco/annotations/captions_train2017.json"],
             [root / "coco/train2017", root / "coco/train2017.zip"],
         ),
-        "conceptual_captions": (sorted((root / "cc3m").glob("*.tsv")), [root / "cc3m/images"]),
-        "imagenet_captions": (
-            [root / "imagenet_captions/imagenet_captions.json"],
-            [root / "imagenet/train"],
-        ),
-    }
-    texts, pictures = candidates.get(source, ((), ()))
-    return source, _first(texts), images or _first(pictures)
+        "conceptual_captions": (cc3m, [root / "cc3m/images"]),
+        "imagenet_captions": ([root / "imagenet_captions/imagenet_captions.json"], [root / "imagenet/train"]),
+    }.get(source, ([], []))
 
 
 def _first(paths: Iterable[Path]) -> str | None:

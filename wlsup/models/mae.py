@@ -80,6 +80,8 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = decoder
         self.decoder_spec = spec
         self.decoder_pretrained = decoder_pretrained
+        if spec.warmup_batches:
+            decoder.register_buffer("warmed", torch.tensor(0))  # beside its weights, so that a checkpoint holds it
 
     @property
     def patch_size(self) -> int:
@@ -119,15 +121,24 @@ class MaskedAutoencoder(nn.Module):
         count = grid[0] * grid[1]
         ids_keep, ids_restore, mask = random_masking(images.shape[0], count, mask_ratio, noise, device=images.device)
         latent = self.encoder(images, condition, ids_keep)
+        tokens = self._shown(latent.tokens)
         if predict_kept:
-            prediction = self.decoder(latent.tokens, ids_keep, count, grid)
+            prediction = self.decoder(tokens, ids_keep, count, grid)
         else:
             removed = ids_restore.argsort(dim=1)[:, ids_keep.shape[1] :]
-            some = self.decoder(latent.tokens, ids_keep, count, grid, removed)
+            some = self.decoder(tokens, ids_keep, count, grid, removed)
             length = some.shape[-1]
             index = removed[..., None].expand(-1, -1, length)
             prediction = some.new_zeros(len(images), count, length).scatter(1, index, some)
         return MAEOutput(prediction, mask, latent, ids_keep, ids_restore)
+
+    def _shown(self, tokens: Tensor) -> Tensor:
+        """Return what the decoder is shown: while it warms up, the same numbers without a way back to the encoder."""
+        if not self.decoder_spec.warmup_batches or not self.decoder.training or not torch.is_grad_enabled():
+            return tokens
+        warming = self.decoder.warmed < self.decoder_spec.warmup_batches
+        self.decoder.warmed += 1
+        return torch.where(warming, tokens.detach(), tokens)  # the encoder's gradient is then zero, not absent
 
     @torch.no_grad()
     def initialize(self, encoder: bool = True) -> None:
@@ -160,7 +171,7 @@ def build_mae(spec: VisionSpec, decoder: DecoderSpec | None = None) -> MaskedAut
 
     Checkpoints may be FAIR's (encoder only, or with the decoder), Hugging Face's ViTMAEModel and
     ViTMAEForPreTraining, wlsup's own, or any encoder. Where there is no decoder it begins fresh and
-    ``decoder_pretrained`` is False: warm it up with the encoder frozen.
+    ``decoder_pretrained`` is False; `DecoderSpec.warmup_batches` warms it up with the encoder left alone.
 
     Args:
         spec: the encoder.
@@ -178,6 +189,8 @@ def build_mae(spec: VisionSpec, decoder: DecoderSpec | None = None) -> MaskedAut
     # Without weights, "the same architecture" still means the decoder that the configuration describes.
     described = wanted.pretrained and not source.pretrained and "width" in source.decoder_config
     effective = _effective_spec(wanted, source) if found or described else wanted
+    if found or not source.pretrained:
+        effective = replace(effective, warmup_batches=0)  # it knows something, or the encoder knows as little
     encoder = encoder_from(source)
     mae = MaskedAutoencoder(encoder, _make_decoder(encoder, effective, source), effective, bool(found))
     mae.initialize(encoder=not source.pretrained)

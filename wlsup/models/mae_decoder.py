@@ -32,6 +32,8 @@ class DecoderSpec:
         normalize_pixels: whether targets are normalised patch by patch (FAIR's ``--norm_pix_loss``).
         pretrained: use the checkpoint's decoder, and its width and depth in place of these, where it has one; False
             always begins with a fresh decoder of this shape.
+        warmup_batches: of a fresh decoder on a pretrained encoder: for so many training batches (or micro-batches) its
+            loss teaches the decoder alone, so that what it makes of the encoder while it knows nothing moves no weight.
     """
 
     width: int = 512
@@ -40,6 +42,11 @@ class DecoderSpec:
     mlp_ratio: float = 4.0
     normalize_pixels: bool = True
     pretrained: bool = True
+    warmup_batches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup_batches < 0:
+            raise WlsupError(f"decoder.warmup_batches must be 0 or more, not {self.warmup_batches}.")
 
 
 def sincos_position_embedding(width: int, grid: tuple[int, int], num_prefix_tokens: int = 1) -> Tensor:

@@ -117,7 +117,8 @@ class ImagePrefix(nn.Module):
             (B, P, W).
 
         Raises:
-            WlsupError: patches of a masked picture cannot be averaged over squares.
+            WlsupError: patches of a masked picture cannot be averaged over squares, nor those of a grid that does not
+                divide into such; or they are not of this grid.
         """
         tokens = self.select(vision, grid, ids_keep)
         mapped = self.dropout(self.project(tokens).unflatten(-1, (self.spec.length, -1)).flatten(1, 2))
@@ -132,7 +133,9 @@ class ImagePrefix(nn.Module):
             if self.spec.pool > 1:
                 raise WlsupError("prefix.pool needs whole pictures; a masked one has holes. Set prefix.pool to 1.")
             return torch.take_along_dim(patches, ids_keep.argsort(dim=1)[..., None], dim=1)
-        if self.spec.pool == 1 or patches.shape[1] == self.positions(grid):  # `reduced` has averaged them
+        if patches.shape[1] not in (grid[0] * grid[1], self.positions(grid)):
+            raise WlsupError(f"{patches.shape[1]} patches are not a grid of {grid[0]} x {grid[1]}, nor averages of it.")
+        if patches.shape[1] == self.positions(grid):  # pool is 1, or `reduced` has averaged them
             return patches
         cells = patches.transpose(1, 2).unflatten(2, grid)
         return F.avg_pool2d(cells, self.spec.pool).flatten(2).transpose(1, 2)

@@ -35,8 +35,10 @@ def save_mae(mae: MaskedAutoencoder, folder: str | Path, dtype: torch.dtype = to
     Raises:
         WlsupError: the encoder does not know its architecture, or the folder cannot be written.
     """
-    described = {name: value for name, value in asdict(mae.decoder_spec).items() if name != "pretrained"}
-    decoder = {f"decoder.{name}": tensor for name, tensor in mae.decoder.state_dict().items()}
+    described = {
+        name: value for name, value in asdict(mae.decoder_spec).items() if name not in ("pretrained", "warmup_batches")
+    }
+    decoder = {f"decoder.{n}": tensor for n, tensor in mae.decoder.state_dict().items() if n != "warmed"}
     return _save(mae.encoder, decoder, described | {"norm_eps": mae.decoder.norm.eps}, Path(folder), dtype)
 
 

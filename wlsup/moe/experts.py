@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wlsup.errors import choose
+from wlsup.errors import WlsupError, choose
 
 __all__ = ["MLPExpert", "MLPParts", "parts_of", "stack"]
 
@@ -145,10 +145,15 @@ def stack(experts: Sequence[nn.Module], dtype: torch.dtype) -> MLPParts | None:
 
 
 class _StackedAs(torch.autograd.Function):
-    """Stack and cast in one node: to a GPU, E casts, and as many on the way back, are more work to start than to do."""
+    """Stack and cast in one node: E casts, and as many on the way back, are more work for a GPU to start than to do.
+
+    Transposed tensors (GPT-2's Conv1D) are copied one by one.
+    """
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        if len({tensor.shape for tensor in tensors}) > 1:
+            raise WlsupError("Experts of different shapes cannot be computed together. Use moe.dispatch: sort.")
         ctx.dtype = tensors[0].dtype
         stacked = tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=dtype)
         torch._foreach_copy_(list(stacked.unbind()), list(tensors))

@@ -285,10 +285,10 @@ def _layers(
     rows = None if token_ids is None else token_ids.rows
     layers = []
     with _seeded(seed):
-        for number, site in enumerate(sites):
+        for site in sites:
             experts = [site.expert() for _ in range(spec.experts)]
             add_noise(experts, noise)
-            layer = MoE(experts, site.width, spec, causal, rows, frequencies, token_ids, number)
+            layer = MoE(experts, site.width, spec, causal, rows, frequencies, token_ids, site.index)
             device = next(site.mlp().parameters()).device
             layers.append(layer.to(device).requires_grad_(True).train(site.block.training))
     return layers
