@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_wordnet import NAMES, use_none, use_wordnet  # noqa: E402
 
 from tests.conftest import lacking  # noqa: E402
-
 from wlsup.evaluation.caption_metrics import (  # noqa: E402
     TOKENIZATION,
     bleu,

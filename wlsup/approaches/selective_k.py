@@ -43,10 +43,11 @@ _ENCODER = "mae.encoder.backbone."
 class SelectiveK(Approach):
     """Of the encoder's ordered groups of weights, the k with the highest score train; the others stay frozen.
 
-    "Selective k-fine-tuning" is a name from the talk without a published definition; this one is ours. ``k = 0`` leaves the encoder frozen, ``k`` = all is `full`. Scores by
-    gradients are computed once, from the first batches of training under this approach's own loss, averaged over the
-    processes, so that each chooses the same; what was chosen is in the plan and in the checkpoint. The objective is
-    `full`'s: contrastive, and masked reconstruction where it has a weight.
+    "Selective k-fine-tuning" is a name from the talk without a published definition; this one is ours. ``k = 0`` leaves
+    the encoder frozen, ``k`` = all is `full`. Scores by gradients are computed once, from the first batches of training
+    under this approach's own loss, averaged over the processes, so that each chooses the same; what was chosen is in
+    the plan and in the checkpoint. The objective is `full`'s: contrastive, and masked reconstruction where it has a
+    weight.
 
     Source: ours; nearest to it, Lee et al. 2023, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts".
 

@@ -106,7 +106,7 @@ ACTIVATION = 39.7
 """Bytes a token, layer and channel under bf16 autocast, by the same run: 4,406 MiB for 64 pictures."""
 READ = 179.0
 """Pictures a second that a loader process reads at least: 1,433 by eight of them (480 x 360 JPEGs)."""
-MIXTURE = 4.2
+MIXTURE = 4.1
 """Time of a mixture of 8 MLPs of width 768 over the dense MLP of as many tokens, forward and backward, on an H100."""
 HIDDEN = 0.5
 """Share of the computing behind which gradients travel: the backward pass, but for its end. Assumed."""

@@ -95,8 +95,8 @@ def _over_ranks(gradients: Sequence[Tensor | None], parameters: Mapping[str, nn.
 def alpha_scores(groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
     """Score by `spectral_alpha`, averaged over a group's matrices: what has learned little comes first.
 
-    A fused ``qkv`` counts as three matrices. A group with no matrix large enough scores 0 and comes last. A spectrum that
-    follows no power law is fitted all the same: random matrices have one of those, with a large alpha, and learned least.
+    A fused ``qkv`` counts as three matrices. A group with no matrix large enough scores 0 and comes last. A spectrum
+    that follows no power law is fitted all the same: such are random matrices, whose alpha is large, and learned least.
 
     Args:
         groups: what is scored.
