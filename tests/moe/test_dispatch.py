@@ -149,6 +149,15 @@ class CountingTensor:
         for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__setitem__",
                      "__getitem__", "cpu", "numpy"):  # fmt: skip
             self._count(monkeypatch, name)
+        for name in ("nonzero", "argwhere", "masked_select", "unique", "bincount"):
+            monkeypatch.setattr(torch, name, self._counted(getattr(torch, name)))
+
+    def _counted(self, function):
+        def counted(*args, **kwargs):
+            self.waits += 1
+            return function(*args, **kwargs)
+
+        return counted
 
     def _count(self, monkeypatch, name):
         original = getattr(torch.Tensor, name)

@@ -125,6 +125,14 @@ def test_a_finite_batch_between_resets_the_guard_and_zero_turns_it_off():
     assert off.skipped == 0
 
 
+def test_a_loss_that_is_bad_on_another_process_counts_too(monkeypatch):
+    guard, losses = FiniteGuard(2), {"loss": torch.tensor(1.0)}
+    monkeypatch.setattr("wlsup.reprogramming.conditioner.global_sum", lambda own: own + 1)  # the other one's
+    guard(losses)
+    with pytest.raises(WlsupError, match="2 batches in a row"):
+        guard(losses)
+
+
 @pytest.mark.parametrize("wrong", [{"match": "x"}, {"warmup_batches": -1}, {"skip_nonfinite": -1}], ids=str)
 def test_an_unknown_setting_is_refused(wrong):
     with pytest.raises(WlsupError):

@@ -21,6 +21,7 @@ from wlsup.batch import Condition
 from wlsup.errors import WlsupError, choose
 from wlsup.models.caption_tokens import load_tokenizer
 from wlsup.models.vision import VisionEncoder
+from wlsup.ranks import global_sum
 from wlsup.reprogramming.cross_modal import TokenProgram, encode_tokens
 
 __all__ = ["CaptionReprogrammer", "FiniteGuard", "ReprogrammerSpec"]
@@ -59,6 +60,8 @@ class ReprogrammerSpec:
 class FiniteGuard:
     """Counts batches whose loss is not finite, and ends a run that has nothing else; `Guards` skips their steps.
 
+    A batch whose loss is not finite on one process counts on all, so that all end together.
+
     Args:
         limit: so many in a row end the run; 0 looks at none.
     """
@@ -72,7 +75,8 @@ class FiniteGuard:
         Raises:
             WlsupError: the limit is reached.
         """
-        if not self.limit or bool(torch.isfinite(losses["loss"].detach())):
+        bad = ~torch.isfinite(losses["loss"].detach())
+        if not self.limit or not bool(global_sum(bad.float())):
             self._in_a_row = 0
             return losses
         self.skipped += 1
