@@ -230,6 +230,11 @@ class MagmaMoE(Approach):
         super().after_step()
         update_biases(self, skipped=all(parameter.grad is None for parameter in self.mixtures.parameters()))
 
+    @property
+    def start_in_checkpoint(self) -> bool:
+        """Whether the weights of step 0 were made of the run's captions, by clusters, and lie in its checkpoint."""
+        return bool(self.cluster_energy)
+
     def kept(self, images: Tensor) -> VisionOutput:
         """(B, 3, H, W) of the encoder's size -> what a cache keeps of them: no more tokens than the map reads."""
         return self.prefix.reduced(self.encoder(images), self.encoder.grid_size)

@@ -311,8 +311,8 @@ def choose_eval_sets(data: lightning.LightningDataModule, names: str | None, roo
 def untrained_run(folder: Path) -> Approach:
     """Return a run's model as it was before step 1: what its k-NN calls pretrained."""
     model, checkpoint = _run_before_training(folder).model, folder / "checkpoints" / "last.ckpt"
-    if getattr(model, "cluster_energy", 0) and checkpoint.is_file():
-        model.on_load_checkpoint(read_checkpoint(checkpoint))  # which brings the clusters that it started from
+    if getattr(model, "start_in_checkpoint", False) and checkpoint.is_file():
+        model.on_load_checkpoint(read_checkpoint(checkpoint))  # seed and configuration alone do not make it again
     return model.eval()
 
 
