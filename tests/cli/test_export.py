@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.cli.conftest import QUERIES, fit
 from wlsup.batch import ImageSpec
 from wlsup.cli import configuration, main
 from wlsup.data.mini import mini_eval_set
@@ -91,6 +92,17 @@ def test_torch_without_wlsup_gives_the_runs_own_figures(bottleneck_run, tmp_path
     assert (said["kind"], said["files"]) == ("program", ["README.md", "config.json", "encoder.pt2"])
     assert said["max_difference"] <= 1e-5
     assert scored_alone(folder) == finetuned(bottleneck_run)
+
+
+@pytest.mark.slow
+def test_an_adapted_run_of_peft_becomes_a_plain_encoder_with_its_figures(tmp_path, capsys):
+    run, folder = fit("lora", tmp_path / "run"), tmp_path / "encoder"
+    assert main(["export", str(run), "-o", str(folder), "--json"]) == 0
+    assert (folder / "model.safetensors").is_file()
+    capsys.readouterr()
+    # merged, each weight is rounded once more than in the run: a picture may change sides
+    for name, accuracy in scored_alone(folder).items():
+        assert accuracy == pytest.approx(finetuned(run)[name], abs=1.01 / QUERIES)
 
 
 def test_knn_reads_an_export_too(curve_run, exported, capsys):
