@@ -330,10 +330,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _failures_of_others(asked: argparse.Namespace) -> dict[str, str]:
-    """Return what the last table says of runs that are not asked for now."""
+    """Return what the last table says of runs that are not asked for now and have not been made since."""
     table = asked.out / f"{asked.preset}.json"
     before = json.loads(table.read_text())["failures"] if table.is_file() else {}
-    return {name: why for name, why in before.items() if name.partition(",")[0] not in asked.approaches}
+    kept = {}
+    for run, why in before.items():
+        approach, separator, seed = run.partition(", seed ")  # what has none is of the table, and found again
+        if not separator or approach in asked.approaches:
+            continue
+        if not (_folder(asked.out, asked.preset, approach, int(seed)) / "results.json").is_file():
+            kept[run] = why
+    return kept
 
 
 def _has_runs(approach: str, asked: argparse.Namespace) -> bool:

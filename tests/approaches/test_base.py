@@ -7,9 +7,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from wlsup.approaches import approach_class
+from wlsup.approaches.checkpoint import saved_names
 from wlsup.batch import CaptionBatch
 from wlsup.callbacks.guards import Guards
 from wlsup.errors import WlsupError
+from wlsup.models.mae import DecoderSpec
+from wlsup.objectives.captioning import CaptioningSpec
 from wlsup.objectives.two_branch import ObjectiveSpec
 
 
@@ -22,6 +25,34 @@ def test_what_no_loss_reaches_does_not_train(name, weight, frozen):
     approach.setup("fit")
     names = approach.plan.trained_names(approach)
     assert names and not any(one.startswith(frozen) for one in names)
+
+
+@pytest.mark.parametrize("name", ["mae_cl", "mae_lm", "full", "selective_k"])
+def test_a_fresh_decoder_learns_at_the_rate_of_what_is_fresh(name):
+    spec = {"captioning_weight" if name == "mae_lm" else "contrastive_weight": 1.0, "reconstruction_weight": 1.0}
+    objective = CaptioningSpec(**spec) if name == "mae_lm" else ObjectiveSpec(**spec)
+    own = {"k": 1, "criterion": "last"} if name == "selective_k" else {}
+    for decoder, rate in ((DecoderSpec(), 1e-4), (DecoderSpec(64, 1, 4, pretrained=False), 1e-3)):
+        approach = approach_class(name)(objective=objective, decoder=decoder, lr=1e-3, encoder_lr=1e-4, **own)
+        rates = {one.rule.lr for one in approach.plan.resolve(approach) if one.name.startswith("mae.decoder.blocks")}
+        assert rates == {rate}
+
+
+def test_under_a_plan_a_fresh_decoder_warms_up_and_the_checkpoint_counts():
+    decoder = DecoderSpec(64, 1, 4, pretrained=False, warmup_batches=2)
+    approach = approach_class("mae_cl")(decoder=decoder, objective=ObjectiveSpec(contrastive_weight=0.0, micro_batch=2))
+    approach.setup("fit")
+    batch = CaptionBatch(torch.randn(4, 3, 64, 64), ["red", "green", "blue", "grey"], list("abcd"))
+    moved = []
+    for _ in range(3):
+        approach.zero_grad()
+        approach.train().losses(batch)["loss"].backward()
+        moved.append(bool(approach.encoder.backbone.patch_embed.proj.weight.grad.any()))
+        with torch.no_grad():
+            approach.eval().losses(batch)
+    assert moved == [False, False, True]
+    assert approach.mae.decoder.warmed == 3
+    assert "mae.decoder.warmed" in saved_names(approach)
 
 
 def test_a_null_condition_that_nothing_trains_is_refused():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from wlsup.batch import Condition
@@ -14,6 +15,7 @@ from wlsup.models.mae import (
     DecoderSpec,
     MaskedAutoencoder,
     build_mae,
+    export_transformers,
     random_masking,
     save_mae,
     sincos_position_embedding,
@@ -266,18 +268,21 @@ def test_a_decoder_that_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_a_fresh_decoder_warms_up_without_moving_the_encoder(tmp_path: Path) -> None:
     spec = DecoderSpec(width=64, depth=2, heads=4, warmup_batches=2)
     save_vision(tiny().encoder, tmp_path / "encoder")
-    mae = build_mae(VisionSpec(str(tmp_path / "encoder")), spec).train()
+    mae = build_mae(VisionSpec(str(tmp_path / "encoder")), spec)
     moved = []
     for _ in range(3):
-        mae.eval()(pictures(), noise=noise())  # evaluation does not count
-        output = mae.train()(pictures(), noise=noise())
+        assert mae.eval().warming_up() is None  # evaluation does not count
+        output = mae.train()(pictures(), noise=noise(), warming=mae.warming_up())
         reconstruction_loss(output.prediction, pictures(), output.mask, 8).backward()
         assert mae.decoder.embed.weight.grad.any()
         moved.append(bool(mae.encoder.backbone.patch_embed.proj.weight.grad.any()))
         mae.zero_grad()
     assert moved == [False, False, True]
     save_mae(mae, tmp_path / "whole")
-    again = build_mae(VisionSpec(str(tmp_path / "whole")), spec).train()  # its decoder is no longer fresh
-    assert again.decoder_pretrained and not hasattr(again.decoder, "warmed")
+    export_transformers(mae, tmp_path / "theirs")
+    for folder in ("whole", "theirs"):
+        assert not [name for name in load_file(tmp_path / folder / "model.safetensors") if "warmed" in name]
+    again = build_mae(VisionSpec(str(tmp_path / "whole")), spec)  # its decoder is no longer fresh
+    assert again.decoder_pretrained and again.warming_up() is None
     assert torch.equal(again(pictures(), noise=noise()).prediction, mae(pictures(), noise=noise()).prediction)
     assert not tiny(decoder=spec).decoder_spec.warmup_batches  # nor one on an encoder that knows as little

@@ -63,7 +63,8 @@ class MAEPretraining(Approach):
 
     def losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Masked reconstruction."""
-        output = self.mae(batch.images, mask_ratio=self.mask_ratio, predict_kept=False)
+        warming = self.mae.warming_up()
+        output = self.mae(batch.images, mask_ratio=self.mask_ratio, predict_kept=False, warming=warming)
         loss = reconstruction_loss(
             output.prediction, batch.images, output.mask, self.mae.patch_size, self.mae.normalize_pixels
         )

@@ -128,7 +128,8 @@ class MaeLM(Approach):
         losses: dict[str, Tensor] = {}
         total = batch.images.new_zeros((), dtype=torch.float32)
         if spec.reconstruction_weight:
-            output = self.mae(batch.images, mask_ratio=spec.mask_ratio, predict_kept=False)
+            warming = self.mae.warming_up()
+            output = self.mae(batch.images, mask_ratio=spec.mask_ratio, predict_kept=False, warming=warming)
             losses["reconstruction"] = reconstruction_loss(
                 output.prediction, batch.images, output.mask, self.mae.patch_size, self.mae.normalize_pixels
             )

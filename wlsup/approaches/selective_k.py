@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -247,7 +248,13 @@ class SelectiveK(Approach):
         return len(set(named))
 
     def _losses_to_score(self, batches: Iterable[CaptionBatch], parameters: list[Parameter]) -> Iterator[Tensor]:
-        """Yield the loss of each batch, every parameter of the encoder trainable meanwhile."""
+        """Yield the loss of each batch, every parameter of the encoder trainable meanwhile.
+
+        A fresh decoder's reconstruction says nothing of the encoder yet, and is left out where there is another loss.
+        """
+        own = self.objective
+        if own.contrastive_weight and not self.mae.decoder_pretrained:
+            self.objective = replace(own, reconstruction_weight=0.0)
         before = [parameter.requires_grad for parameter in parameters]
         self.eval()
         cuda = [self.device] if self.device.type == "cuda" else []
@@ -259,5 +266,6 @@ class SelectiveK(Approach):
                     torch.manual_seed(self.selection_seed + position)
                     yield self.losses(batch.to(self.device))["loss"]
         finally:
+            self.objective = own
             for parameter, required in zip(parameters, before, strict=True):
                 parameter.requires_grad_(required)

@@ -37,7 +37,7 @@ def refuse_what_lacks(config: Any) -> None:
     if not data:
         return
     lacking = data + _lacking_weights(config)
-    if len(lacking) < 2 and not lacking[0].startswith("the eval sets"):
+    if len(lacking) < 2 and not lacking[0].startswith("the eval sets") and "wlsup data fetch" not in lacking[0]:
         return
     raise WlsupError(
         f"This run needs what is not on this machine: fetch {', '.join(lacking[:-1])}"

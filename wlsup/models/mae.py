@@ -100,6 +100,7 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float = 0.75,
         noise: Tensor | None = None,
         predict_kept: bool = True,
+        warming: Tensor | None = None,
     ) -> MAEOutput:
         """Remove patches, encode the rest, predict all.
 
@@ -110,6 +111,7 @@ class MaskedAutoencoder(nn.Module):
             noise: (B, N) deciding which, for an exact replay; None: drawn.
             predict_kept: False leaves the predictions of kept patches zero. The loss does not look at them, and is the
                 same with the same gradients, a few percent sooner.
+            warming: what `warming_up` said of this batch; True keeps the decoder's gradient from the encoder.
 
         Returns:
             prediction (B, N, p * p * 3), mask (B, N), latent, and the indices.
@@ -121,7 +123,8 @@ class MaskedAutoencoder(nn.Module):
         count = grid[0] * grid[1]
         ids_keep, ids_restore, mask = random_masking(images.shape[0], count, mask_ratio, noise, device=images.device)
         latent = self.encoder(images, condition, ids_keep)
-        tokens = self._shown(latent.tokens)
+        # the encoder's gradient is then zero, not absent
+        tokens = latent.tokens if warming is None else torch.where(warming, latent.tokens.detach(), latent.tokens)
         if predict_kept:
             prediction = self.decoder(tokens, ids_keep, count, grid)
         else:
@@ -132,13 +135,14 @@ class MaskedAutoencoder(nn.Module):
             prediction = some.new_zeros(len(images), count, length).scatter(1, index, some)
         return MAEOutput(prediction, mask, latent, ids_keep, ids_restore)
 
-    def _shown(self, tokens: Tensor) -> Tensor:
-        """Return what the decoder is shown: while it warms up, the same numbers without a way back to the encoder."""
-        if not self.decoder_spec.warmup_batches or not self.decoder.training or not torch.is_grad_enabled():
-            return tokens
+    def warming_up(self) -> Tensor | None:
+        """Count a training batch of a fresh decoder; return, as a scalar, whether it still warms up (None: never)."""
+        # its positions never train, so that the decoder as a whole is always in eval mode
+        if not self.decoder_spec.warmup_batches or not self.decoder.pred.training or not torch.is_grad_enabled():
+            return None
         warming = self.decoder.warmed < self.decoder_spec.warmup_batches
         self.decoder.warmed += 1
-        return torch.where(warming, tokens.detach(), tokens)  # the encoder's gradient is then zero, not absent
+        return warming
 
     @torch.no_grad()
     def initialize(self, encoder: bool = True) -> None:

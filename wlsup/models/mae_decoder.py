@@ -32,8 +32,8 @@ class DecoderSpec:
         normalize_pixels: whether targets are normalised patch by patch (FAIR's ``--norm_pix_loss``).
         pretrained: use the checkpoint's decoder, and its width and depth in place of these, where it has one; False
             always begins with a fresh decoder of this shape.
-        warmup_batches: of a fresh decoder on a pretrained encoder: for so many training batches (or micro-batches) its
-            loss teaches the decoder alone, so that what it makes of the encoder while it knows nothing moves no weight.
+        warmup_batches: of a fresh decoder on a pretrained encoder: for so many training batches its loss teaches the
+            decoder alone, and gives the encoder no gradient while the decoder knows nothing.
     """
 
     width: int = 512

@@ -38,8 +38,13 @@ def save_mae(mae: MaskedAutoencoder, folder: str | Path, dtype: torch.dtype = to
     described = {
         name: value for name, value in asdict(mae.decoder_spec).items() if name not in ("pretrained", "warmup_batches")
     }
-    decoder = {f"decoder.{n}": tensor for n, tensor in mae.decoder.state_dict().items() if n != "warmed"}
+    decoder = {f"decoder.{name}": tensor for name, tensor in _weights(mae).items()}
     return _save(mae.encoder, decoder, described | {"norm_eps": mae.decoder.norm.eps}, Path(folder), dtype)
+
+
+def _weights(mae: MaskedAutoencoder) -> dict[str, Tensor]:
+    """Return the decoder's tensors, without the count of a warm-up."""
+    return {name: tensor for name, tensor in mae.decoder.state_dict().items() if name != "warmed"}
 
 
 def save_vision(encoder: VisionEncoder, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -104,7 +109,7 @@ def export_transformers(mae: MaskedAutoencoder, folder: str | Path) -> Path:
         "mask_ratio": 0.75,
         "norm_pix_loss": mae.normalize_pixels,
     }
-    return write_folder(folder, to_transformers(backbone.state_dict(), decoder.state_dict()), config)
+    return write_folder(folder, to_transformers(backbone.state_dict(), _weights(mae)), config)
 
 
 def _save(

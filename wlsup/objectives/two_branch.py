@@ -183,11 +183,12 @@ def two_branch_losses(
 def _reconstruction(mae: MaskedAutoencoder, images: Tensor, told: Condition, spec: ObjectiveSpec) -> Tensor:
     patches = (images.shape[-2] // mae.patch_size) * (images.shape[-1] // mae.patch_size)
     noise = masking_noise(len(images), patches, device=images.device)
+    warming = mae.warming_up()
 
     def share(rows: slice) -> Tensor:
         """Return the rows' share of the loss, (1,): of every picture as many patches are removed."""
         own = images[rows]
-        output = mae(own, told[rows], spec.mask_ratio, noise[rows], predict_kept=False)
+        output = mae(own, told[rows], spec.mask_ratio, noise[rows], predict_kept=False, warming=warming)
         loss = reconstruction_loss(output.prediction, own, output.mask, mae.patch_size, mae.normalize_pixels)
         return (loss * (len(own) / len(images)))[None]
 
