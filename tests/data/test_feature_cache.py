@@ -99,6 +99,19 @@ def test_every_approach_that_reads_a_locked_encoder_has_the_same_loss_and_gradie
     assert float((found[0][1] - found[1][1]).norm() / found[1][1].norm()) <= 1e-4
 
 
+@pytest.mark.usefixtures("few_mini_pictures")
+def test_another_approach_has_a_cache_of_its_own():
+    first, second = (approach_class("linear_map")(prefix=PrefixSpec(pool=pool)) for pool in (2, 4))
+    data = data_for(first)
+    counts = []
+    for module in (first, second):
+        data.trainer.lightning_module = module
+        counts.append(next(iter(data.train_dataloader())).encoded.tokens.shape[1])
+    assert counts == [16, 4]
+    data.trainer = None
+    assert next(iter(data.train_dataloader())).encoded.tokens.shape[1] == 4
+
+
 def test_captions_are_still_drawn_each_epoch_as_without_the_cache(lit):
     cached, plain = (list(data_for(lit, cache).train_dataloader()) for cache in (True, False))
     assert [batch.captions for batch in cached] == [batch.captions for batch in plain]

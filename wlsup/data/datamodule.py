@@ -227,10 +227,13 @@ class CaptionDataModule(KeyedDataModule):
         return ReplayDataset(dataset, PictureDataset(keys, pictures, transform, spec, self.seed), self.seed)
 
     def _cached(self, part: str, source: CaptionSource, spec: ImageSpec) -> CachedDataset:
-        """Return the pairs of a part with features in place of pictures, computed on an approach's first call."""
+        """Return the pairs of a part with features in place of pictures, computed on an approach's first call.
+
+        Without an approach they are those of the last one.
+        """
         module = None if self.trainer is None else self.trainer.lightning_module
         owner = None if module is None else weakref.ref(module)
-        if part not in self._caches or self._caches[part][0] != owner:
+        if part not in self._caches or (owner is not None and owner != self._caches[part][0]):
             dataset = CaptionDataset(
                 source.keys, source.captions, source.pictures, EvalTransform(spec), spec, self.seed
             )
