@@ -68,14 +68,9 @@ class Full(Approach):
         return self.mae.encoder
 
     @property
-    def decoder_lr(self) -> float:
-        """A fresh decoder learns as fast as what else is fresh."""
-        return self.encoder_lr if self.mae.decoder_pretrained else self.lr
-
-    @property
     def plan(self) -> TrainPlan:
         """Encoder and heads train, and the decoder if it is used; the text encoder is frozen."""
-        decoder = Train("mae.decoder.*", self.decoder_lr, self.weight_decay)
+        decoder = Train("mae.decoder.*", self.mae.decoder_lr(self.encoder_lr, self.lr), self.weight_decay)
         return TrainPlan(
             [
                 TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),

@@ -69,11 +69,6 @@ class MaeCL(Approach):
         return self.mae.encoder
 
     @property
-    def decoder_lr(self) -> float:
-        """A fresh decoder learns as fast as what else is fresh."""
-        return self.encoder_lr if self.mae.decoder_pretrained else self.lr
-
-    @property
     def plan(self) -> TrainPlan:
         """Encoder, decoder and heads train; only the text encoder is frozen."""
         return TrainPlan(
@@ -81,7 +76,12 @@ class MaeCL(Approach):
                 TrainIf(self.objective.contrastive_weight, "head.*", self.lr, self.weight_decay),
                 Freeze("mae.*pos_embed"),
                 Train("mae.encoder.*", self.encoder_lr, self.weight_decay),
-                TrainIf(self.objective.reconstruction_weight, "mae.decoder.*", self.decoder_lr, self.weight_decay),
+                TrainIf(
+                    self.objective.reconstruction_weight,
+                    "mae.decoder.*",
+                    self.mae.decoder_lr(self.encoder_lr, self.lr),
+                    self.weight_decay,
+                ),
                 Freeze("text.*"),
             ]
         )

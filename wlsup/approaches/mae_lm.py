@@ -92,11 +92,6 @@ class MaeLM(Approach):
         return self.mae.encoder
 
     @property
-    def decoder_lr(self) -> float:
-        """A fresh decoder learns as fast as what else is fresh."""
-        return self.encoder_lr if self.mae.decoder_pretrained else self.lr
-
-    @property
     def plan(self) -> TrainPlan:
         """Encoder, decoder and what reads the encoder train; the language model is frozen."""
         reader = "captioner.*" if self.language is None else "prefix.*"
@@ -105,7 +100,12 @@ class MaeLM(Approach):
                 TrainIf(self.objective.captioning_weight, reader, self.lr, self.weight_decay),
                 Freeze("mae.*pos_embed"),
                 Train("mae.encoder.*", self.encoder_lr, self.weight_decay),
-                TrainIf(self.objective.reconstruction_weight, "mae.decoder.*", self.decoder_lr, self.weight_decay),
+                TrainIf(
+                    self.objective.reconstruction_weight,
+                    "mae.decoder.*",
+                    self.mae.decoder_lr(self.encoder_lr, self.lr),
+                    self.weight_decay,
+                ),
                 *([] if self.language is None else [Freeze("language.*")]),
             ]
         )

@@ -120,11 +120,6 @@ class SelectiveK(Approach):
         return self.mae.encoder
 
     @property
-    def decoder_lr(self) -> float:
-        """A fresh decoder learns as fast as what else is fresh."""
-        return self.encoder_lr if self.mae.decoder_pretrained else self.lr
-
-    @property
     def plan(self) -> TrainPlan:
         """The chosen groups and the heads train.
 
@@ -139,7 +134,9 @@ class SelectiveK(Approach):
         chosen = [group for group in self.groups if group.name in self.chosen]
         patterns = [_ENCODER + pattern for group in chosen for pattern in group.patterns]
         used = bool(self.objective.reconstruction_weight)
-        decoder = [Train("mae.decoder.*", self.decoder_lr, self.weight_decay)] if used else []
+        decoder = (
+            [Train("mae.decoder.*", self.mae.decoder_lr(self.encoder_lr, self.lr), self.weight_decay)] if used else []
+        )
         every = len(chosen) == len(self.groups)
         return TrainPlan(
             [

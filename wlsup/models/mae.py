@@ -135,6 +135,10 @@ class MaskedAutoencoder(nn.Module):
             prediction = some.new_zeros(len(images), count, length).scatter(1, index, some)
         return MAEOutput(prediction, mask, latent, ids_keep, ids_restore)
 
+    def decoder_lr(self, pretrained: float, fresh: float) -> float:
+        """Choose the decoder's learning rate: a fresh one learns as fast as what else is fresh."""
+        return pretrained if self.decoder_pretrained else fresh
+
     def warming_up(self) -> Tensor | None:
         """Count a training batch of a fresh decoder; return, as a scalar, whether it still warms up (None: never)."""
         # its positions never train, so that the decoder as a whole is always in eval mode
