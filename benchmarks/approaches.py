@@ -59,8 +59,13 @@ VARIANTS = {
     "linear_map, pooled": ("linear_map", {"prefix": PrefixSpec(tokens="pooled", length=4, layer_norm=False)}, {}),
     # what RGN chose on mini; the row selective_k has the last three groups
     "selective_k, first": ("selective_k", {"criterion": "explicit", "groups": ["embed", "blocks.0", "blocks.1"]}, {}),
+    "magma, frozen encoder": ("magma", {"encoder_lr": 0.0}, {}),
+    "magma_moe, frozen encoder": ("magma_moe", {"encoder_lr": 0.0}, {}),
 }
-CACHED = ("lit, cached", "linear_map, cached", "linear_map, pooled, cached")
+CACHED = tuple(
+    f"{name}, cached"
+    for name in ("lit", "linear_map", "linear_map, pooled", "magma, frozen encoder", "magma_moe, frozen encoder")
+)
 CACHED_BAR = 0.01  # of the time of a step without the cache
 BARS = {"lst": 0.18, "film, top 4": 0.25, "bottleneck, top 4": 0.25, "film, top 4, checkpointed": 0.25}
 QUICK = ("full", PEER, "lora", "lst", "film", "film, top 4", "bottleneck", "bottleneck, top 4", "lit", CACHED[0])
