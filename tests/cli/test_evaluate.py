@@ -187,6 +187,7 @@ def test_a_look_at_a_part_leaves_the_runs_file_as_it_is(run, by_command, capsys)
     for choice, lost in (
         (["--metrics", "drift,classes"], "metrics probe, few_shot, calibration, zero_shot, retrieval"),
         (["--metrics", "classes", "--sets", "mini_shapes"], "sets mini_digits and metrics probe"),
+        (["--shots", "2"], "shots 1, 5:"),
     ):
         assert main(["evaluate", str(run), *choice]) == 0
         captured = capsys.readouterr()

@@ -21,7 +21,7 @@ from wlsup.callbacks.undisturbed import undisturbed
 from wlsup.evaluation.classes import examples, file_name
 from wlsup.evaluation.evaluation_table import evaluation_markdown
 from wlsup.evaluation.features import Features, extract_features
-from wlsup.evaluation.judgement import Judgement, MetricSpec, compare, judge, protocols
+from wlsup.evaluation.judgement import Judgement, MetricSpec, compare, judge, protocols, shots_of
 from wlsup.evaluation.knn import KNNResult
 from wlsup.evaluation.pictures import denormalised
 from wlsup.evaluation.retrieval import retrieval_hits, retrieval_intervals
@@ -191,7 +191,8 @@ class Evaluation(Callback):
         self.results = {"sets": sets}
         if "retrieval" in self.spec and (found := score_retrieval(pl_module, trainer.datamodule.val_dataloader())):
             self.results["retrieval"] = found
-        self.results = {"protocol": protocols(self.spec, sets, "retrieval" in self.results), **self.results}
+        told = {"protocol": protocols(self.spec, sets, "retrieval" in self.results), **shots_of(self.spec)}
+        self.results = told | self.results
         write_json(folder / "evaluation.json", self.results)
         for sink in trainer.loggers:
             if isinstance(sink, TensorBoardLogger):

@@ -23,8 +23,8 @@ HELP = """\
 usage: wlsup evaluate RUN|WEIGHTS [options]
 
 Compare a run's fine-tuned encoder with the pretrained one by more than k-NN, set by set, with 95 % intervals; writes
-evaluation.json and pictures of the classes that changed most (classes/) into the run's folder; a choice of --metrics or
---sets does so only if it loses nothing that the run's file has. Of weights alone the figures are printed.
+evaluation.json and pictures of the classes that changed most (classes/) into the run's folder; a choice of --metrics,
+--sets or --shots does so only if it loses nothing that the run's file has. Of weights alone the figures are printed.
 
   RUN|WEIGHTS                   a run's folder; or mini, a timm name, hf-hub:ID, a local weight file or folder
   --metrics NAME,..             probe, few_shot, calibration, drift, classes, zero_shot, retrieval (all by default)
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--metrics")
     parser.add_argument("--sets")
     parser.add_argument("--root")
-    parser.add_argument("--shots", default="1,5")
+    parser.add_argument("--shots")
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--templates", type=Path)
     parser.add_argument("--resamples", type=int, default=2000)
@@ -91,7 +91,7 @@ def _spec(options: argparse.Namespace) -> Any:
 
     chosen = METRICS if options.metrics is None else tuple(name.strip() for name in options.metrics.split(","))
     try:
-        shots = tuple(int(number) for number in options.shots.split(","))
+        shots = (1, 5) if options.shots is None else tuple(int(number) for number in options.shots.split(","))
     except ValueError:
         raise WlsupError(f"--shots {options.shots}: give numbers, such as 1,5.") from None
     if options.templates is not None:
@@ -103,7 +103,7 @@ def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> tuple
     """Return the figures, and the folder for them; None where the run's own file stays."""
     from wlsup.callbacks.evaluation import save_examples, score_retrieval, score_zero_shot
     from wlsup.cli.configuration import choose_eval_sets, load_run, untrained_run
-    from wlsup.evaluation.judgement import compare, protocols
+    from wlsup.evaluation.judgement import compare, protocols, shots_of
     from wlsup.evaluation.zero_shot import read_prompts
 
     module, data = load_run(folder)
@@ -132,12 +132,14 @@ def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> tuple
     results: dict[str, Any] = {"sets": sets}
     if "retrieval" in spec and (found := score_retrieval(module, data.val_dataloader())) is not None:
         results["retrieval"] = found
-    return {"protocol": protocols(spec, sets, "retrieval" in results), **results}, out
+    return {"protocol": protocols(spec, sets, "retrieval" in results), **shots_of(spec), **results}, out
 
 
 def _out(folder: Path, spec: Any, sets: list[str], options: argparse.Namespace) -> Path | None:
-    if options.out is None and (options.sets is not None or options.metrics is not None):
-        found = {"sets": sets, "protocol": ["knn", *spec.metrics]}
+    from wlsup.evaluation.judgement import shots_of
+
+    if options.out is None and any(choice is not None for choice in (options.sets, options.metrics, options.shots)):
+        found = {"sets": sets, "protocol": ["knn", *spec.metrics], **shots_of(spec)}
         if stays := left_as_it_is(folder / "evaluation.json", found):
             _log.warning("%s", stays)
             return None
@@ -154,7 +156,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _evaluate_weights(spec: Any, options: argparse.Namespace) -> dict[str, Any]:
     from wlsup.data.datamodule import CaptionDataModule
-    from wlsup.evaluation.judgement import compare, protocols
+    from wlsup.evaluation.judgement import compare, protocols, shots_of
     from wlsup.models.vision import VisionSpec, build_vision
 
     names = None if options.sets is None else [name.strip() for name in options.sets.split(",")]
@@ -174,7 +176,7 @@ def _evaluate_weights(spec: Any, options: argparse.Namespace) -> dict[str, Any]:
         one.name: compare(_judge(module, one, spec, options), None, spec, one.class_names, one.domain)
         for one in data.eval_datasets()
     }
-    return {"protocol": protocols(spec, sets), "sets": sets}
+    return {"protocol": protocols(spec, sets), **shots_of(spec), "sets": sets}
 
 
 def _judge(

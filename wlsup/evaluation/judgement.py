@@ -18,7 +18,7 @@ from wlsup.evaluation.features import Features
 from wlsup.evaluation.knn import KNNResult, knn_probabilities, protocol_of
 from wlsup.evaluation.statistics import Interval, crossed_interval, paired_bootstrap, wilson
 
-__all__ = ["METRICS", "Judgement", "MetricSpec", "compare", "judge", "protocols"]
+__all__ = ["METRICS", "Judgement", "MetricSpec", "compare", "judge", "protocols", "shots_of"]
 
 METRICS = ("probe", "few_shot", "calibration", "drift", "classes", "zero_shot", "retrieval")
 """What may be asked for beside k-NN; zero_shot and retrieval need a shared space of pictures and text."""
@@ -208,6 +208,11 @@ def protocols(spec: MetricSpec, sets: dict[str, dict[str, Any]], retrieval: bool
         "knn": protocol_of(entry["knn"] for entry in sets.values()),
         **{name: _PROTOCOLS[name] for name in spec.metrics if there.get(name, True)},
     }
+
+
+def shots_of(spec: MetricSpec) -> dict[str, list[int]]:
+    """Return what evaluation.json says of the few-shot metric beside its protocol: of how many pictures a class."""
+    return {"shots": list(spec.shots)} if "few_shot" in spec else {}
 
 
 def _accuracies(before: Tensor, after: Tensor | None, resamples: int) -> dict[str, Any]:
