@@ -131,9 +131,10 @@ def cache_of(
     if module is None or not getattr(module, "untouched", False) or not getattr(module, "cacheable", ""):
         name = getattr(module, "name", "no approach")
         raise WlsupError(
-            f"data.cache_features keeps what a frozen encoder makes of each picture; {name} trains the encoder, or "
-            "changes the pictures it sees. Set it to false, or use an approach that reads a locked encoder: lit, "
-            "linear_map, cross_modal_reprogramming, or magma and magma_moe with model.encoder_lr 0."
+            f"data.cache_features keeps what a frozen encoder makes of each picture; {name} trains the encoder, "
+            "changes the pictures it sees, or (selective_k, k = 0) asks for them. Set it to false, or use an approach "
+            "that reads a locked encoder: lit, linear_map, cross_modal_reprogramming, or magma and magma_moe with "
+            "model.encoder_lr 0."
         )
     _log.info("data.cache_features: the encoder runs once over %d pictures; there is no augmentation", len(dataset))
     cache = FeatureCache(module.cacheable)
