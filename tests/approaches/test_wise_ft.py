@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wlsup.approaches import APPROACHES, approach_class
-from wlsup.callbacks.wise_ft import refuse_untouched
+from wlsup.callbacks.wise_ft import refuse_no_line
 from wlsup.errors import WlsupError
 from wlsup.evaluation.wise_ft import interpolate
 from wlsup.evaluation.wise_ft_curve import load_tensors
@@ -22,7 +22,7 @@ def begun(name, **options):
     approach = built(name, **options)
     if approach.untouched:
         with pytest.raises(WlsupError, match="there is no curve"):
-            refuse_untouched(approach)
+            refuse_no_line(approach)
         pytest.skip(f"{name} leaves the encoder as it is")
     approach.start.keep = True
     approach.setup("fit")

@@ -108,4 +108,9 @@ def test_it_prints_in_light_colours_with_every_figure(browser, page_file):
     assert page.evaluate("[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 20)")
     assert page.locator("nav").is_hidden()
     assert page.pdf().startswith(b"%PDF")
+    page.set_viewport_size({"width": 688, "height": 1000})  # A4 between its margins
+    edges = page.evaluate("[...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right)")
+    assert max(edges) <= 688 + 1, edges
+    commands = page.get_by_text("git checkout").first
+    assert commands.is_visible()
     context.close()

@@ -1,5 +1,6 @@
 """TensorBoard itself over two runs: its groups have their charts, the runs can be compared, nothing goes wrong."""
 
+import io
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 
 from wlsup.callbacks.dashboard import dashboard_layout, log_hyperparameters
 from wlsup.callbacks.knn import KNN
@@ -99,7 +101,7 @@ def page(browser):
     page.close()
 
 
-def test_custom_scalars_show_the_groups_of_both_runs(page, address):
+def test_custom_scalars_show_the_groups_of_both_runs(page, address, tmp_path):
     page.goto(f"{address}/#custom_scalars")
     for group in ("in domain", "out of domain", "losses", "held-out retrieval", "the run itself"):
         page.get_by_text(group, exact=True).first.wait_for()
@@ -107,6 +109,11 @@ def test_custom_scalars_show_the_groups_of_both_runs(page, address):
     page.get_by_text("contrastive", exact=True).first.wait_for()
     page.wait_for_timeout(3000)  # lines are drawn after their titles
     assert [text for text in page.said if "not in the domain" in text or "TypeError" in text] == []
+    seen = page.screenshot(path=tmp_path / "dashboard.png")
+    colours = Image.open(io.BytesIO(seen)).convert("RGB").getcolors(maxcolors=1500 * 1200)
+    assert len(colours) > 200, "a blank page, or one of text alone"
+    lines = sum(count for count, colour in colours if max(colour) - min(colour) > 60)
+    assert lines > 500  # what is drawn in colour: curves and the bar above them
 
 
 def test_hparams_compare_approaches_and_seeds_unasked(page, address):

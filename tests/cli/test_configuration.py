@@ -88,3 +88,14 @@ def test_a_run_refused_for_its_captions_leaves_no_folder(tmp_path, capsys):
     assert "column" in capsys.readouterr().err
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert list((tmp_path / "runs" / "film" / "mini" / "seed0").iterdir()) == []
+
+
+def test_processes_wait_long_enough_for_what_the_first_measures_alone(tmp_path):
+    from wlsup.approaches import approach_class
+    from wlsup.data.datamodule import CaptionDataModule
+
+    several = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+    arguments = [*SMALL[1:], *several, "--run_dir", str(tmp_path / "run")]
+    cli = configuration.configure(approach_class("film"), CaptionDataModule, arguments, "fit")
+    assert cli.trainer.strategy._timeout == configuration.TOGETHER
+    assert configuration.TOGETHER.total_seconds() >= 12 * 3600

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.cli.conftest import few, fit
 from wlsup.batch import ImageSpec
 from wlsup.cli import main
 from wlsup.cli.configuration import load_run
@@ -41,6 +42,15 @@ def run(tmp_path_factory, few_digits):
     options += ["--knn.k", "10"]  # every figure of the run is of its own vote
     assert main([*FIT, "--run_dir", str(folder), *options]) == 0
     return folder
+
+
+def test_knn_of_a_run_takes_its_own_vote(run, capsys):
+    assert main(["knn", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    own = json.loads((run / "results.json").read_text())
+    assert found["protocol"] == own["protocol"]
+    assert "k=10" in own["protocol"]
+    assert found["knn"]["mini_digits"]["accuracy"]["10"] == own["knn"]["mini_digits"]["finetuned"]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +99,7 @@ def test_the_k_nn_rows_are_those_of_results_json(run, by_callback):
     knn = json.loads((run / "results.json").read_text())["knn"]["mini_digits"]
     for key in ("pretrained", "finetuned", "delta"):
         assert by_callback["sets"]["mini_digits"]["knn"][key] == pytest.approx(knn[key])
+    assert by_callback["sets"]["mini_digits"]["knn"]["ci95"] == knn["ci95"]  # one change has one interval
 
 
 def test_every_figure_has_an_interval_beside_it(by_callback):
@@ -224,3 +235,19 @@ def test_a_mistake_is_one_message(arguments, said, capsys):
     assert main(["evaluate", "mini", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_begin_as_the_encoder_is_compared_with_the_encoder(tmp_path, capsys):
+    """The paper's ladder takes the encoder's place: before step 1 it is a random network, and no line leads to it."""
+    folder = fit("lst", tmp_path / "run", "--model.form", "replace", "--data.eval_sets", "[mini_digits]")
+    own = json.loads((folder / "results.json").read_text())["knn"]["mini_digits"]
+    with few():
+        assert main(["evaluate", str(folder), "--metrics", "drift", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    knn = found["sets"]["mini_digits"]["knn"]
+    assert (knn["pretrained"], knn["delta"]) == (own["pretrained"], own["delta"])
+    assert main(["wise-ft", str(folder)]) == 2
+    assert "does not begin as the pretrained encoder" in capsys.readouterr().err
+    assert main(["export", str(folder), "--alpha", "0"]) == 2
+    assert "does not begin as the pretrained encoder" in capsys.readouterr().err

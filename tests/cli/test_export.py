@@ -209,6 +209,50 @@ def test_mistakes_are_one_message(options, said, curve_run, bottleneck_run, expo
     assert sorted(curve_run.rglob("*")) == before
 
 
+@pytest.mark.parametrize("text", ["{half", "[]"])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("results.json", ["export", "{run}"]),
+        ("results.json", ["wise-ft", "{run}"]),
+        ("wise_ft.json", ["export", "{run}", "--alpha", "0.5"]),
+        ("wise_ft.json", ["export", "{run}", "--alpha", "chosen"]),
+    ],
+)
+def test_a_damaged_file_of_the_runs_is_one_message(name, call, text, curve_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(curve_run, run)
+    (run / name).write_text(text)
+    assert main([part.format(run=run) for part in call]) == 2
+    captured = capsys.readouterr()
+    assert "copy it again" in captured.err
+    assert "Traceback" not in captured.err
+    assert not (run / "export").exists()
+
+
+def test_a_damaged_curve_is_no_hindrance_to_who_does_not_need_it(curve_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(curve_run, run)
+    (run / "wise_ft.json").write_text("{half")
+    assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 0
+
+
+def test_a_program_and_an_adapter_are_scored_as_their_run(bottleneck_run, tmp_path, capsys):
+    own = finetuned(bottleneck_run)
+    for form, place in ((["--adapter-only"], "adapter"), ([], "program")):
+        assert main(["export", str(bottleneck_run), "-o", str(tmp_path / place), *form]) == 0
+        capsys.readouterr()
+        assert main(["knn", str(tmp_path / place), "--sets", "mini_shapes,mini_digits", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["knn"]
+        assert {name: entry["accuracy"]["20"] for name, entry in found.items()} == pytest.approx(own)
+        call = ["evaluate", str(tmp_path / place), "--metrics", "classes", "--sets", "mini_digits", "--json"]
+        assert main(call) == 0
+        judged = json.loads(capsys.readouterr().out)["sets"]["mini_digits"]["knn"]
+        assert judged["pretrained"] == pytest.approx(own["mini_digits"])
+    assert main(["spectra", str(tmp_path / "adapter")]) == 2
+    assert "holds an adapter alone" in capsys.readouterr().err
+
+
 def test_an_untouched_encoder_is_not_exported_but_what_trained_beside_it_is(curve_run, tmp_path, capsys, monkeypatch):
     from wlsup.approaches import approach_class
 

@@ -26,6 +26,7 @@ def test_every_score_its_interval_and_what_is_absent_are_shown():
         for said in ("BLEU-4", "0.123", "[0.100, 0.150]", "CIDEr-D", "1.500", "caption loss, nats a token"):
             assert said in shown
         assert "No METEOR (nltk): no data." in shown
+        assert shown.endswith("Protocol: p.")
 
 
 def test_it_is_printed_as_it_is_written():

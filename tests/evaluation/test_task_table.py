@@ -20,6 +20,12 @@ def test_every_figure_is_there_with_its_unit_and_chance():
     assert lines[4].split() == ["accuracy", "41.2", "%", "-"]
 
 
+def test_the_protocol_stands_below_where_there_is_one():
+    task = {**TASK, "protocol": "p:v1"}
+    assert task_text(task).splitlines()[-2:] == ["Lower is better.", "Protocol: p:v1."]
+    assert task_markdown(task).endswith("Lower is better.\n\nProtocol: p:v1.")
+
+
 def test_markdown_is_a_table():
     assert "| caption loss | 1.250 nats | 3.000 nats |" in task_markdown(TASK)
 

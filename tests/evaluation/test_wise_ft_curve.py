@@ -221,6 +221,8 @@ def test_a_probe_scores_along_where_asked():
     assert entry["probe_ci95"][0] == [0, 0]
     assert 0.25 < entry["probe"][-1] <= 1
     assert "probe" in found["protocol"]
+    (axes,) = draw_wise_ft(found).axes
+    assert [line.get_label() for line in axes.lines if line.get_linestyle() == ":"][0] == "home, linear probe"
 
 
 def test_a_state_of_another_model_is_refused():

@@ -227,6 +227,7 @@ class CrossModalReprogramming(Approach):
             "note": f"{note}Classes are given by words ({', '.join(self.word_labels.names)}); "
             f"{len(captions) - labelled} of {len(captions)} captions have words of none or several and are left out. "
             "The encoder is untouched by design.",
+            "protocol": "caption-classes:v1 top-1 over the held-out captions that words give one class",
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

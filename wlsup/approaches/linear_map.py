@@ -20,6 +20,7 @@ from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
 from wlsup.moving_average import MovingAverage
 from wlsup.objectives.captioning import prefix_captioning_loss
 from wlsup.objectives.held_out_captions import (
+    PROTOCOL,
     SAMPLES,
     CaptionLosses,
     caption_losses,
@@ -178,6 +179,7 @@ class LinearMap(Approach):
                     *said_lines(captions),
                 ]
             ),
+            "protocol": PROTOCOL,
             "captions": captions,
         }
 

@@ -194,6 +194,7 @@ class ReprogrammingApproach(Approach):
             "rows": rows,
             "note": f"{note}Captions have no part in this; the encoder is untouched by design. The program was chosen "
             "on held-out training pictures.",
+            "protocol": "reprogramming:v1 top-1 of the mapped classes over the whole test split",
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -50,17 +50,12 @@ def curve_of_run(
     Raises:
         WlsupError: the approach leaves the encoder as it is, or the start is not the run's own.
     """
-    refuse_untouched(module)
+    refuse_no_line(module)
     known = module.start.check(module)
     if not known:
         logger.warning(
             "this run's checkpoint does not say where training started (it is of an older version): the start is the "
             "one that its configuration and seed make here, unchecked"
-        )
-    if not module.identity_at_start:
-        logger.warning(
-            "%s does not begin as the pretrained encoder: alpha 0 is the run before step 1, not the pretrained encoder",
-            module.name,
         )
     with undisturbed(module):
         curve = wise_ft_curve(
@@ -69,16 +64,21 @@ def curve_of_run(
     return {**curve, "start": {"sha256": module.start.sha256 or None, "checked": known}}
 
 
-def refuse_untouched(module: torch.nn.Module) -> None:
-    """Refuse an approach that leaves the encoder as it is.
+def refuse_no_line(module: torch.nn.Module) -> None:
+    """Refuse an approach from which no line leads to the pretrained encoder.
 
     Raises:
-        WlsupError: it does.
+        WlsupError: it leaves the encoder as it is, or does not begin as the pretrained encoder.
     """
     if module.untouched:
         raise WlsupError(
             f"Approach {module.name!r} leaves the encoder as it was pretrained, so that both ends of WiSE-FT's curve "
             "are one encoder and there is no curve. Give a run of an approach that trains the encoder."
+        )
+    if not module.identity_at_start:
+        raise WlsupError(
+            f"Approach {module.name!r}, as configured, does not begin as the pretrained encoder, so that no line leads "
+            "from that encoder to it and there is no curve. (`lst` has one with model.form residual.)"
         )
 
 
@@ -134,9 +134,9 @@ class WiseFT(Callback):
         return self.enabled
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Have the approach remember where training starts; refuse one that leaves its encoder alone."""
+        """Have the approach remember where training starts; refuse one that has no line."""
         if self.enabled and stage == "fit":
-            refuse_untouched(pl_module)
+            refuse_no_line(pl_module)
             pl_module.start.keep = True
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

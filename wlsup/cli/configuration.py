@@ -8,10 +8,12 @@ import re
 import sys
 import time
 from argparse import ArgumentError
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
@@ -45,7 +47,11 @@ from wlsup.cli.sharded_strategy import ShardedStrategy, units_of
 from wlsup.cli.training import RUN_DIR, resumption
 from wlsup.errors import WlsupError
 
-__all__ = ["WlsupCLI", "build_model", "choose_eval_sets", "configure", "load_run", "untrained_run"]
+__all__ = ["WlsupCLI", "build_model", "choose_eval_sets", "configure", "load_run", "pretrained_run", "untrained_run"]
+
+TOGETHER = timedelta(days=1)
+"""How long processes wait for one another. The first measures alone when training ends: WiSE-FT's curve, spectra,
+probes of large sets take longer than the half hour after which torch would end the job."""
 
 
 class WlsupCLI(LightningCLI):
@@ -115,7 +121,10 @@ class WlsupCLI(LightningCLI):
         mine = self._callbacks(logs=config.get("logger") is not False)
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoints)]
-        return super()._instantiate_trainer(config, [EMA(), *callbacks, *mine])  # those after it see the average
+        trainer = super()._instantiate_trainer(config, [EMA(), *callbacks, *mine])  # those after it see the average
+        if hasattr(trainer.strategy, "_timeout"):  # of strategies of several processes; "auto" cannot be told it else
+            trainer.strategy._timeout = TOGETHER
+        return trainer
 
     def _callbacks(self, logs: bool) -> list[Callback]:
         again = self.config.clone()  # what re-runs it makes a run of its own
@@ -309,11 +318,17 @@ def choose_eval_sets(data: lightning.LightningDataModule, names: str | None, roo
 
 
 def untrained_run(folder: Path) -> Approach:
-    """Return a run's model as it was before step 1: what its k-NN calls pretrained."""
+    """Return a run's model as it was before step 1."""
     model, checkpoint = _run_before_training(folder).model, folder / "checkpoints" / "last.ckpt"
     if getattr(model, "start_in_checkpoint", False) and checkpoint.is_file():
         model.on_load_checkpoint(read_checkpoint(checkpoint))  # seed and configuration alone do not make it again
     return model.eval()
+
+
+def pretrained_run(folder: Path) -> torch.nn.Module:
+    """Return what a run's k-NN calls pretrained: its model before step 1, or the encoder under one that begins else."""
+    model = untrained_run(folder)
+    return model if model.identity_at_start else model.pretrained().eval()
 
 
 def _run_before_training(folder: Path) -> WlsupCLI:

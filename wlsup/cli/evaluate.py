@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wlsup.cli.earlier import left_as_it_is
+from wlsup.cli.export import ADAPTER_CONFIG, load_adapter
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
 from wlsup.cli.recipes import holds_run, knn_options
@@ -26,7 +27,8 @@ Compare a run's fine-tuned encoder with the pretrained one by more than k-NN, se
 evaluation.json and pictures of the classes that changed most (classes/) into the run's folder; a choice of --metrics,
 --sets or --shots does so only if it loses nothing that the run's file has. Of weights alone the figures are printed.
 
-  RUN|WEIGHTS                   a run's folder; or mini, a timm name, hf-hub:ID, a local weight file or folder
+  RUN|WEIGHTS                   a run's folder; or what `wlsup export` made of one, mini, any timm name (not ViTs
+                                alone), hf-hub:ID, a local weight file or folder
   --metrics NAME,..             probe, few_shot, calibration, drift, classes, zero_shot, retrieval (all by default)
   --sets NAME,..                eval sets; by default the run's own, or the four mini ones
   --root DIR                    the folder of the published sets (by default the run's; the environment's
@@ -102,7 +104,7 @@ def _spec(options: argparse.Namespace) -> Any:
 def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
     """Return the figures, and the folder for them; None where the run's own file stays."""
     from wlsup.callbacks.evaluation import save_examples, score_retrieval, score_zero_shot
-    from wlsup.cli.configuration import choose_eval_sets, load_run, untrained_run
+    from wlsup.cli.configuration import choose_eval_sets, load_run, pretrained_run
     from wlsup.evaluation.judgement import compare, protocols, shots_of
     from wlsup.evaluation.zero_shot import read_prompts
 
@@ -114,7 +116,7 @@ def _evaluate_run(folder: Path, spec: Any, options: argparse.Namespace) -> tuple
         data.setup()  # captions that are not here are missed now, not after hours
     eval_sets = data.eval_datasets()
     out = _out(folder, spec, [one.name for one in eval_sets], options)
-    pretrained = untrained_run(folder)
+    pretrained = pretrained_run(folder)
     vote = knn_options(folder)
     before = {one.name: _judge(pretrained, one, spec, options, vote) for one in eval_sets}
     del pretrained
@@ -155,12 +157,15 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _evaluate_weights(spec: Any, options: argparse.Namespace) -> dict[str, Any]:
+    from wlsup.cli.configuration import choose_eval_sets
     from wlsup.data.datamodule import CaptionDataModule
     from wlsup.evaluation.judgement import compare, protocols, shots_of
-    from wlsup.models.vision import VisionSpec, build_vision
+    from wlsup.models.foreign import open_encoder
 
+    folder = Path(options.target)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
     names = None if options.sets is None else [name.strip() for name in options.sets.split(",")]
-    data = CaptionDataModule(eval_sets=names, root=options.root)
+    data = CaptionDataModule(eval_sets=None if is_adapter else names, root=options.root)
     data.check_files()  # before an encoder is loaded for nothing
     # The others compare two encoders, or pictures with text.
     measured = tuple(name for name in spec.metrics if name in ("probe", "few_shot", "calibration", "classes"))
@@ -170,7 +175,11 @@ def _evaluate_weights(spec: Any, options: argparse.Namespace) -> dict[str, Any]:
             "probe, few_shot, calibration, classes."
         )
     spec = replace(spec, metrics=measured)
-    module = build_vision(VisionSpec(weights=options.target))
+    if is_adapter:
+        module, data = load_adapter(folder)
+        choose_eval_sets(data, options.sets, options.root)
+    else:
+        module = open_encoder(options.target)
     data.image_spec = module.image_spec
     sets = {
         one.name: compare(_judge(module, one, spec, options), None, spec, one.class_names, one.domain)

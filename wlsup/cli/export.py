@@ -119,10 +119,15 @@ def _alpha(folder: Path, text: str) -> float:
         WlsupError: it is none, or nothing has been chosen yet.
     """
     if text == "chosen":
+        from wlsup.models.weights import read_json
+
         path = folder / "wise_ft.json"
         if not path.is_file():
             raise WlsupError(f"No alpha has been chosen for {folder}: run `wlsup wise-ft {folder}` first.")
-        return float(json.loads(path.read_text(encoding="utf-8"))["chosen_alpha"])
+        chosen = read_json(path).get("chosen_alpha")
+        if not isinstance(chosen, int | float) or not 0 <= chosen <= 1:
+            raise WlsupError(f"{path} does not say which alpha was chosen: run `wlsup wise-ft {folder}` again.")
+        return float(chosen)
     values = numbers(text, "--alpha")
     if len(values) != 1 or not 0 <= values[0] <= 1:
         raise WlsupError(f"--alpha {text}: give a number in [0, 1], 1 being the fine-tuned encoder, or `chosen`.")
@@ -134,11 +139,14 @@ def _name(alpha: float, form: str) -> str:
 
 
 def _export(folder: Path, out: Path, alpha: float, options: argparse.Namespace) -> dict[str, Any]:
+    from wlsup.callbacks.wise_ft import refuse_no_line
     from wlsup.cli.configuration import load_run
     from wlsup.evaluation.wise_ft import interpolate
     from wlsup.evaluation.wise_ft_curve import load_tensors
 
     module, _ = load_run(folder)
+    if alpha != 1 and not module.identity_at_start:
+        refuse_no_line(module)
     if module.untouched and alpha != 1 and options.form != "encoder":
         raise WlsupError(
             f"Approach {module.name!r} leaves the encoder as it was pretrained: WiSE-FT's line, and so --alpha, is of "
@@ -178,16 +186,20 @@ def _write(module: Approach, folder: Path, place: Path, alpha: float, options: a
     """Write all files; return what they are."""
     from wlsup.cli.model_card import model_card
     from wlsup.files import write_json, write_text
+    from wlsup.models.weights import read_json
 
     if options.form == "language":
         return _write_language(module, place, alpha)
+    # Read first: what is damaged is told before anything is written.
+    results, curve = (
+        read_json(folder / name) if needed and (folder / name).is_file() else {}
+        for name, needed in (("results.json", True), ("wise_ft.json", alpha != 1))
+    )
     if options.form == "adapter":
         kind, what = "adapter", _write_adapter(module, folder, place, alpha)
         difference = None
     else:
         kind, what, difference = _write_encoder(module, place)
-    results = folder / "results.json"
-    curve = folder / "wise_ft.json"
     said = {
         "kind": kind,
         "what": what,
@@ -203,8 +215,8 @@ def _write(module: Approach, folder: Path, place: Path, alpha: float, options: a
     card = model_card(
         said,
         place.name,
-        json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {},
-        json.loads(curve.read_text(encoding="utf-8")) if curve.is_file() else {},
+        results,
+        curve,
         options.licence,
     )
     write_text(place / "README.md", card)

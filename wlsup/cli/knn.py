@@ -10,7 +10,7 @@ from typing import Any
 from wlsup.cli.export import ADAPTER_CONFIG, load_adapter
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
-from wlsup.cli.recipes import holds_run
+from wlsup.cli.recipes import holds_run, knn_options
 from wlsup.errors import WlsupError
 
 __all__ = ["HELP", "run"]
@@ -20,8 +20,8 @@ usage: wlsup knn RUN|WEIGHTS [options]
 
 Score an encoder by weighted k-NN, without training.
 
-  RUN|WEIGHTS                   a run's folder, or what `wlsup export` made of one; or mini, a timm name, hf-hub:ID, a
-                                local weight file or folder
+  RUN|WEIGHTS                   a run's folder, or what `wlsup export` made of one; or mini, any timm name (not ViTs
+                                alone), hf-hub:ID, a local weight file or folder
   --sets NAME,..                eval sets: cifar10, cifar100, svhn, eurosat, dtd, imagenet, mini_shapes, ...;
                                 by default the run's own, or the four mini ones
   --root DIR                    the folder of the published sets (by default the run's; the environment's
@@ -50,9 +50,11 @@ def run(arguments: list[str]) -> int:
     log_to_terminal(quiet=options.json)
     entries = _score(options)
     if options.json:
-        from wlsup.evaluation.knn import PROTOCOL
+        from wlsup.evaluation.knn import protocol_of
 
-        print(json.dumps({"target": options.target, "protocol": PROTOCOL, "knn": entries}, indent=2))
+        print(
+            json.dumps({"target": options.target, "protocol": protocol_of(entries.values()), "knn": entries}, indent=2)
+        )
         return 0
     from rich.console import Console
 
@@ -76,7 +78,8 @@ def _show(target: str, entries: dict[str, Any], console: Any) -> None:
     # Its own width: in a terminal too narrow for it lines wrap, where rich would cut numbers short.
     table.width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     console.print(table, soft_wrap=True)
-    protocol = protocol_id().replace(" k=20", "")
+    temperature = next(iter(entries.values()))["temperature"] if entries else 0.07
+    protocol = protocol_id(20, temperature).replace(" k=20", "")
     print(f"In brackets Wilson's 95 % interval over the queries. Protocol: {protocol}, k as in the columns.")
 
 
@@ -94,7 +97,7 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
     from wlsup.cli.configuration import choose_eval_sets, load_run
     from wlsup.data.datamodule import CaptionDataModule
     from wlsup.evaluation.statistics import wilson
-    from wlsup.models.vision import VisionSpec, build_vision
+    from wlsup.models.foreign import open_encoder
 
     folder = Path(options.target)
     names = None if options.sets is None else [name.strip() for name in options.sets.split(",")]
@@ -112,7 +115,7 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
     else:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # random weights are the same in every call
-            module = build_vision(VisionSpec(weights=options.target, pretrained=not options.random))
+            module = open_encoder(options.target, pretrained=not options.random)
         spec = module.image_spec
         if options.pixels:
             module = _Pixels()
@@ -120,10 +123,13 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
     if torch.cuda.is_available():
         module = module.to("cuda")
     entries = {}
+    vote = knn_options(folder) if is_run else {}
     for eval_set in data.eval_datasets():
-        result = evaluate_knn(module, eval_set, batch_size=options.batch_size, num_workers=options.workers)
+        result = evaluate_knn(module, eval_set, **vote, batch_size=options.batch_size, num_workers=options.workers)
         entries[eval_set.name] = {
             "domain": eval_set.domain,
+            "k": result.k,
+            "temperature": result.temperature,
             "train": result.train,
             "test": result.test,
             "accuracy": {str(k): accuracy for k, accuracy in result.accuracy.items()},

@@ -71,7 +71,7 @@ def model_card(
             f"{image['resize']} pixels ({image['interpolation']}), crop the centre, scale to [0, 1], subtract the mean "
             f"{list(image['mean'])} and divide by {list(image['std'])}. Compare features by their cosine.",
             *(
-                [f"The lines above give the features of the trained encoder to {export['max_difference']:.0e}."]
+                [f"The lines above give the features of {_whose(alpha)} to {export['max_difference']:.0e}."]
                 if export["max_difference"] is not None
                 else ["The command `wlsup knn " + folder + "` scores it."]
             ),
@@ -106,6 +106,10 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
+def _whose(alpha: float) -> str:
+    return "the trained encoder" if alpha == 1 else f"the encoder at alpha {alpha:g}"
+
+
 def _parameters(results: Mapping[str, Any]) -> str:
     if not results:
         return "training: this run has no results.json, so nobody knows how long it trained"
@@ -123,7 +127,7 @@ def _scores(results: Mapping[str, Any], curve: Mapping[str, Any], alpha: float) 
         entries, protocol = _at(curve, alpha), curve.get("protocol", "")
     if not entries:
         said = "The run's k-NN was not measured" + (
-            f" at alpha {alpha:g}: `wlsup wise-ft` does." if alpha != 1 else "."
+            f" at alpha {alpha:g}: `wlsup wise-ft RUN --alphas {_grid(alpha)}` does." if alpha != 1 else "."
         )
         return said, "* Nobody has measured what it gained and lost."
     lost = [
@@ -137,6 +141,10 @@ def _scores(results: Mapping[str, Any], curve: Mapping[str, Any], alpha: float) 
     if lost:
         return table, f"* It is worse than its base model on {', '.join(lost)}."
     return table, "* On none of these sets does the interval say that it is worse than its base model."
+
+
+def _grid(alpha: float) -> str:
+    return ",".join(f"{place:g}" for place in sorted({0, alpha, 1}))
 
 
 def _at(curve: Mapping[str, Any], alpha: float) -> dict[str, Any]:

@@ -26,7 +26,8 @@ Runs that differ by their seed alone are one row: mean and 95 % interval over se
   -o, --output FILE             the page (report.html)
   --figures DIR                 also every figure as PNG (300 dots an inch) and SVG, for a paper
   --title TEXT                  of the page
-  --json                        the figures as JSON on standard output; the page is written as well
+  --json                        k-NN changes, Pareto front and what lacks as JSON on standard output; the
+                                page is written as well
 """
 
 
@@ -92,7 +93,8 @@ def run(arguments: list[str]) -> int:
         )
         return 0
     size = options.output.stat().st_size / 2**20
-    logger.info("%d runs of %d approaches: %s (%.1f MiB)", len(runs), len(report.groups), options.output, size)
+    approaches = len({group.approach for group in report.groups})
+    logger.info("%d runs of %d approaches: %s (%.1f MiB)", len(runs), approaches, options.output, size)
     if files:
         logger.info("%d figures in %s", len(files) // 2, options.figures)
     return 0

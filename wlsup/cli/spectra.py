@@ -82,6 +82,8 @@ def run(arguments: list[str]) -> int:
     )
     folder = Path(options.target)
     is_run = holds_run(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise WlsupError(f"{folder} holds an adapter alone, whose spectra are in its run's: give the run's folder.")
     if not is_run and any((folder / name).is_file() for name in ("config.yaml", "results.json")):
         raise WlsupError(
             f"{folder} is a run that keeps no weights: it lacks config.yaml or checkpoints/last.ckpt. Give a finished "

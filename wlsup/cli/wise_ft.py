@@ -98,11 +98,12 @@ def _curve(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], s
     alphas = check_alphas(ALPHAS if options.alphas is None else numbers(options.alphas, "--alphas"))
     import torch
 
-    from wlsup.callbacks.wise_ft import curve_of_run, refuse_untouched, write_curve
+    from wlsup.callbacks.wise_ft import curve_of_run, refuse_no_line, write_curve
     from wlsup.cli.configuration import choose_eval_sets, load_run
 
     module, data = load_run(folder)
-    refuse_untouched(module)
+    refuse_no_line(module)
+    title = _title(folder, module.name)  # before hours of computing, should a file of the run's be damaged
     data.image_spec = module.image_spec
     choose_eval_sets(data, options.sets, options.root)
     if not data.eval_sets:
@@ -123,14 +124,19 @@ def _curve(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], s
         batch_size=options.batch_size,
         num_workers=options.workers,
     )
-    title = f"WiSE-FT: {module.name}, {folder}"
-    results = folder / "results.json"
-    if results.is_file():
-        said = json.loads(results.read_text(encoding="utf-8"))
-        title = f"WiSE-FT: {said['approach']}, {said['preset']}, seed {said['seed']}"
     if options.out is None:
         found = {"sets": curve["sets"], "alphas": curve["alphas"], "protocol": curve["protocol"].split("; ")}
         if stays := left_as_it_is(folder / "wise_ft.json", found):
             _log.warning("%s", stays)
             return curve, title, []
     return curve, title, write_curve(curve, Path(options.out or folder), title)
+
+
+def _title(folder: Path, approach: str) -> str:
+    results = folder / "results.json"
+    if not results.is_file():
+        return f"WiSE-FT: {approach}, {folder}"
+    from wlsup.models.weights import read_json
+
+    said = read_json(results)
+    return f"WiSE-FT: {approach}, {said.get('preset')}, seed {said.get('seed')}"

@@ -76,4 +76,5 @@ def _rows(captioning: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _notes(captioning: Mapping[str, Any]) -> list[str]:
-    return [_NOTE, *(f"No {_NAMES[name]}: {why}." for name, why in captioning["absent"].items())]
+    absent = [f"No {_NAMES[name]}: {why}." for name, why in captioning["absent"].items()]
+    return [_NOTE, *absent, *([f"Protocol: {captioning['protocol']}."] if captioning.get("protocol") else [])]

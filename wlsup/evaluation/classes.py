@@ -76,7 +76,7 @@ def examples(
     after: Tensor,
     labels: Tensor,
     *,
-    classes: int = 3,
+    classes: int = 6,
     pictures: int = 4,
 ) -> list[tuple[Literal["helped", "hurt"], int, str, list[int]]]:
     """Return queries to look at: of the most helped classes those newly right, of the most hurt those newly wrong.

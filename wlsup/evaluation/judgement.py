@@ -20,6 +20,8 @@ from wlsup.evaluation.statistics import Interval, crossed_interval, paired_boots
 
 __all__ = ["METRICS", "Judgement", "MetricSpec", "compare", "judge", "protocols", "shots_of"]
 
+_KNN_RESAMPLES = 10_000  # as many as `KNN` draws: one change has one interval, here and in results.json
+
 METRICS = ("probe", "few_shot", "calibration", "drift", "classes", "zero_shot", "retrieval")
 """What may be asked for beside k-NN; zero_shot and retrieval need a shared space of pictures and text."""
 
@@ -170,7 +172,8 @@ def compare(
         raise WlsupError("The two encoders were judged by different pictures: has the set changed since?")
     entry: dict[str, Any] = {"domain": domain, "n": len(before.labels)}
     right = (before.correct, None if after is None else after.correct)
-    entry["knn"] = {"k": before.k, "temperature": before.temperature, **_accuracies(*right, spec.resamples)}
+    many = max(spec.resamples, _KNN_RESAMPLES)
+    entry["knn"] = {"k": before.k, "temperature": before.temperature, **_accuracies(*right, many)}
     if "probe" in spec:
         entry["probe"] = _accuracies(
             before.probe_correct, None if after is None else after.probe_correct, spec.resamples

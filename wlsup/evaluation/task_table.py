@@ -18,28 +18,33 @@ def task_text(task: Mapping[str, Any]) -> str:
     """Return title, one line a figure, and the note, as plain text.
 
     Args:
-        task: {"title", "rows": [{"what", "value", "unit", "chance", "n" or "ci95" where there is}], "note"}; of a share
-            of n cases the interval is Wilson's.
+        task: {"title", "rows": [{"what", "value", "unit", "chance", "n" or "ci95" where there is}], "note",
+            "protocol"}; of a share of n cases the interval is Wilson's.
     """
     lines = [_HEADERS, *_cells(task)]
     widths = [max(len(cells[column]) for cells in lines) for column in range(3)]
     rows = [f"{what.ljust(widths[0])}  {value.rjust(widths[1])}  {chance.rjust(widths[2])}".rstrip()
             for what, value, chance in lines]  # fmt: skip
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([task["title"], rows[0], rule, *rows[1:], *([task["note"]] if task.get("note") else [])])
+    return "\n".join([task["title"], rows[0], rule, *rows[1:], *_notes(task)])
 
 
 def task_markdown(task: Mapping[str, Any]) -> str:
     """Return the same in Markdown, for TensorBoard and the README."""
     lines = ["| " + " | ".join(_HEADERS) + " |", "|---|---:|---:|"]
     lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |" for cells in _cells(task)]
-    return "\n".join([task["title"], "", *lines, "", task.get("note", "")]).rstrip()
+    return "\n".join([task["title"], "", *lines, "", "\n\n".join(_notes(task))]).rstrip()
 
 
 def print_task_table(task: Mapping[str, Any], console: Console | None = None) -> None:
     """Show it under the k-NN table, to standard output unless told otherwise."""
     console = console or Console()
     console.file.write("\n" + task_text(task) + "\n")
+
+
+def _notes(task: Mapping[str, Any]) -> list[str]:
+    protocol = task.get("protocol")  # runs of before there was one have none
+    return [*([task["note"]] if task.get("note") else []), *([f"Protocol: {protocol}."] if protocol else [])]
 
 
 def _cells(task: Mapping[str, Any]) -> list[tuple[str, str, str]]:

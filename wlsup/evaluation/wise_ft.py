@@ -20,7 +20,10 @@ RULE = (
     "the alpha of highest k-NN accuracy on validation pictures of the in-domain sets, which are held out of their "
     "banks (mean over sets); of equal ones the lowest; test queries and out-of-domain sets choose nothing"
 )
-NO_RULE = "0.5, which Wortsman et al. recommend where there is nothing to choose by: there is no in-domain set"
+NO_RULE = (
+    "the grid's alpha nearest to 0.5, which Wortsman et al. recommend where there is nothing to choose by: there is no "
+    "in-domain set"
+)
 
 
 def check_alphas(alphas: Sequence[float]) -> tuple[float, ...]:

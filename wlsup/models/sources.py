@@ -27,13 +27,22 @@ from wlsup.models.weights import (
     tensors_sha256,
 )
 
-__all__ = ["FORMAT", "MINI_FOLDER", "Source", "VisionSpec", "open_source"]
+__all__ = [
+    "FORMAT",
+    "HUB",
+    "MINI_FOLDER",
+    "Source",
+    "VisionSpec",
+    "open_source",
+    "timm_image_spec",
+    "timm_weight_file",
+]
 
 FORMAT = "wlsup-vision"
 MINI_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "mini" / "vision"
 
 _POOLING = ("auto", "cls", "mean")
-_HUB = ("hf-hub:", "hf_hub:")
+HUB = ("hf-hub:", "hf_hub:")
 # PIL's numbers, as Hugging Face's preprocessor_config.json writes them.
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
@@ -156,7 +165,7 @@ def _find(spec: VisionSpec) -> _Found:
                 "Install wlsup again from a complete wheel or checkout, or give other `weights`."
             )
         return _read_folder(MINI_FOLDER, "mini", spec)
-    if weights.startswith(_HUB):
+    if weights.startswith(HUB):
         return _read_folder(hub_folder(weights.split(":", 1)[1]), weights, spec)
     path = Path(weights).expanduser()
     if path.is_dir():
@@ -174,7 +183,13 @@ def _find(spec: VisionSpec) -> _Found:
 def _find_timm(weights: str, spec: VisionSpec) -> _Found:
     known = timm_vits()
     if not weights or weights.partition(".")[0] not in known:
-        near = difflib.get_close_matches(weights, timm.list_pretrained("*vit*") + known, n=3, cutoff=0.5)
+        usable = [name for name in timm.list_pretrained() if name.partition(".")[0] in known]
+        near = difflib.get_close_matches(weights, usable + known, n=3, cutoff=0.5)
+        if timm.is_model(weights.partition(".")[0]):
+            raise WlsupError(
+                f"{weights!r} is a model of timm's, and not one of the ViTs that wlsup teaches (its VisionTransformer "
+                f"and Eva{', such as ' + ', '.join(near) if near else ''}). `wlsup knn` and `wlsup evaluate` score it."
+            )
         raise WlsupError(
             f"Unknown vision weights {weights!r}: not 'mini', not an existing file or folder, and not a ViT of timm's"
             f"{' (near: ' + ', '.join(near) + ')' if near else ''}. Allowed: 'mini', a timm name such as "
@@ -183,6 +198,20 @@ def _find_timm(weights: str, spec: VisionSpec) -> _Found:
     found = _Found(name=f"timm's {weights}", base_id=f"timm:{weights}", architecture=Architecture(weights))
     if not spec.pretrained:
         return found
+    file = timm_weight_file(weights)
+    if file is None:
+        found.use_timm_loader = True
+    else:
+        found.tensors = split_checkpoint(read_weights(file)).encoder
+    return found
+
+
+def timm_weight_file(weights: str) -> Path | None:
+    """Return the local file of a timm model's weights, fetched through the hub's cache; None where timm alone can.
+
+    Raises:
+        WlsupError: it has none, or they are neither here nor to be fetched.
+    """
     config = timm.models.get_pretrained_cfg(weights)
     if config is None or not config.has_weights:
         tags = timm.list_pretrained(weights.partition(".")[0] + ".*")
@@ -196,10 +225,8 @@ def _find_timm(weights: str, spec: VisionSpec) -> _Found:
             folder = hub_folder(config.hf_hub_id)
         except WlsupError as error:
             raise WlsupError(f"Cannot load {weights!r}. {error} With it set `architecture: {weights}`.") from error
-        found.tensors = split_checkpoint(read_weights(find_weight_file(folder))).encoder
-    else:
-        found.use_timm_loader = True
-    return found
+        return find_weight_file(folder)
+    return None
 
 
 def _timm_pretrained(name: str, image_size: int | None) -> VisionTransformer | Eva:
@@ -256,7 +283,7 @@ def _apply_config(found: _Found, config: dict[str, Any], folder: Path) -> None:
             found.architecture = parse_architecture(config["architecture"])
             found.architecture.kwargs |= config.get("model_args") or {}
             pretrained = config.get("pretrained_cfg") or {}
-            found.image = _timm_image_spec(pretrained)
+            found.image = timm_image_spec(pretrained)
             found.dino = "dino" in str(pretrained.get("tag", "")).lower()
         elif "model_type" in config:
             raise WlsupError(
@@ -303,7 +330,8 @@ def _apply_transformers(found: _Found, config: dict[str, Any], folder: Path) -> 
         )
 
 
-def _timm_image_spec(config: dict[str, Any]) -> ImageSpec | None:
+def timm_image_spec(config: dict[str, Any]) -> ImageSpec | None:
+    """Return how pictures are to be prepared by a data configuration of timm's; None where it names no size."""
     if "input_size" not in config:
         return None
     size, default = int(config["input_size"][-1]), ImageSpec()
@@ -320,7 +348,7 @@ def _image_spec(found: _Found, backbone: VisionTransformer | Eva, spec: VisionSp
     """Settle how pictures are prepared: what the checkpoint says, else timm's data configuration."""
     image = found.image
     if image is None and getattr(backbone, "pretrained_cfg", None):
-        image = _timm_image_spec({**resolve_model_data_config(backbone), "input_size": (3, size, size)})
+        image = timm_image_spec({**resolve_model_data_config(backbone), "input_size": (3, size, size)})
     if image is None:
         image = ImageSpec(size=size, resize=_dino_resize(size))
     if image.size != size:

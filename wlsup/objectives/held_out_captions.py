@@ -19,6 +19,7 @@ from wlsup.models.language import GenerationSpec, LanguageModel
 from wlsup.objectives.captioning import prefix_captioning_loss
 
 __all__ = [
+    "PROTOCOL",
     "SAMPLES",
     "CaptionLosses",
     "caption_losses",
@@ -31,6 +32,7 @@ __all__ = [
     "said_lines",
 ]
 
+PROTOCOL = "caption-loss:v1 nats a token over all held-out captions, end tokens counted, padding not; ratio estimate"
 SAMPLES = 4
 """Captions that are shown with the measured figures."""
 
@@ -184,5 +186,6 @@ def captioner_task(
         "title": f"Caption loss a token, {len(own.nats)} held-out pairs: {name}",
         "rows": [*loss_rows(results), likelier_row(own, other)],
         "note": "\n".join([finding, *said_lines(captions)]),
+        "protocol": PROTOCOL,
         "captions": captions,
     }

@@ -137,10 +137,22 @@ def spectra() -> dict:
 
 def evaluation(seed: int) -> dict:
     """Return a probe, calibration, drift and classes."""
+
+    def figures(value: float) -> dict:
+        """Return a figure as `compare` makes it."""
+        after = value + seed / 100
+        return {
+            "pretrained": value, "pretrained_ci95": [value - 0.02, value + 0.02], "finetuned": after,
+            "finetuned_ci95": [after - 0.02, after + 0.02], "delta": after - value, "ci95": [-0.03, 0.03],
+        }  # fmt: skip
+
+    scores = {
+        name: figures(value) for name, value in (("ece", 0.1), ("adaptive_ece", 0.12), ("nll", 1.4), ("brier", 0.6))
+    }
     entry = {
         "domain": "in",
         "probe": {"pretrained": 0.5, "finetuned": 0.55 + seed / 100, "delta": 0.05 + seed / 100, "ci95": [0.01, 0.09]},
-        "calibration": {"knn": {"ece": {"value": 0.1, "ci95": [0.08, 0.12]}}},
+        "calibration": {"knn": scores, "probe": scores},
         "drift": {"cka": 0.93, "cka_ci95": [0.9, 0.95], "knn_overlap": 0.6, "knn_overlap_ci95": [0.5, 0.7], "k": 10},
         "classes": [
             {"class": name, "n": 50, "pretrained": 0.5, "finetuned": 0.5 + delta, "delta": delta + seed / 100,

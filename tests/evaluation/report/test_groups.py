@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from run_maker import make_run
+from run_maker import SETS, make_run
 from scipy import stats
 
 from wlsup.errors import WlsupError
-from wlsup.evaluation.report.groups import group_runs, of_share
+from wlsup.evaluation.report.groups import comparable, group_runs, of_share
 from wlsup.evaluation.report.runs import find_runs, read_run, read_runs
 
 
@@ -152,3 +152,50 @@ def test_a_damaged_piece_is_told_and_the_rest_is_read(tmp_path):
     assert told == {"wise_ft.json", "metrics.csv", "spectra.json", "plan.json"}
     assert run.evaluation
     assert not run.wise_ft
+
+
+def test_means_over_other_sets_or_by_another_protocol_are_not_compared(tmp_path):
+    from wlsup.evaluation.report.figures.changes import front
+    from wlsup.evaluation.report.sections.changes import findings, in_against_out
+
+    for approach in ("film", "bottleneck"):
+        make_run(tmp_path, approach, 0)
+    knn = {name: entry for name, entry in _entries().items() if name != "mini_textures"}
+    make_run(tmp_path, "lora", 0, knn=knn)
+    make_run(tmp_path, "full", 0, protocol="knn-dino:v1 cosine T=0.07 k=10 weighted")
+    groups = groups_in(tmp_path)
+    alike, others = comparable(groups)
+    assert [group.name for group in alike] == ["bottleneck", "film"]
+    assert sorted(group.name for group in others) == ["full", "lora"]
+    candidates, _ = front(groups)
+    assert [name for name, _, _ in candidates] == ["pretrained", "bottleneck", "film"]
+    for section in (findings(groups), in_against_out(groups)):
+        told = str(section.blocks[0])
+        assert (
+            "Over other sets or by another protocol than most, so that their means do not compare: full, lora." in told
+        )
+    assert "k=10" not in str(in_against_out(groups).blocks[0])
+
+
+def _entries():
+    return {
+        name: {"domain": domain, "k": 20, "temperature": 0.07, "train": 9, "test": 9, "pretrained": 0.4,
+               "finetuned": 0.9, "delta": 0.5, "ci95": [0.4, 0.6]}
+        for name, domain in SETS.items()
+    }  # fmt: skip
+
+
+def test_settings_are_not_counted_as_approaches(tmp_path):
+    from wlsup.evaluation.report.sections.changes import findings
+
+    make_run(tmp_path / "a", "film", 0)
+    make_run(tmp_path / "c", "film", 0, options={"model.regularizer.distill": 1.0})
+    assert "2 runs of one approach in 2 settings, seed 0." in str(findings(groups_in(tmp_path)).blocks[0])
+
+
+def test_an_exported_adapter_is_no_unfinished_run(tmp_path):
+    folder = make_run(tmp_path, "film", 0)
+    (folder / "export-adapter").mkdir()
+    for name in ("config.yaml", "adapter_config.json"):
+        (folder / "export-adapter" / name).write_text("{}")
+    assert find_runs([tmp_path]) == ([folder], [])

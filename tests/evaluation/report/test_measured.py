@@ -12,6 +12,7 @@ from wlsup.evaluation.judgement import Judgement, MetricSpec, compare, protocols
 from wlsup.evaluation.report.figures.spectra import spectra_chart
 from wlsup.evaluation.report.groups import group_runs
 from wlsup.evaluation.report.runs import find_runs, read_run, read_runs
+from wlsup.evaluation.report.sections.classes import classes
 from wlsup.evaluation.report.sections.curves import spectra
 from wlsup.evaluation.report.sections.measured import beyond_knn, tasks
 from wlsup.evaluation.statistics import wilson
@@ -120,3 +121,38 @@ def test_medians_of_alpha_are_of_the_layers_with_a_power_law_before_and_after(tm
     ((_, _, before, after, layers),) = spectra([group]).blocks[0].rows
     assert (before.text, after.text, layers.text) == ("4.00", "3.50", "2 of 8")
     assert "Median alpha of the 2 that do so before and after: 4.00 and 3.50." in spectra_chart(group).description
+
+
+def test_figures_too_many_for_a_sheet_of_paper_are_rows(tmp_path):
+    make_run(tmp_path, "film", 0)
+    table = tables_of(beyond_knn(groups_in(tmp_path)))["Calibration"]
+    assert table.headers == ("approach", "set", "figure", "pretrained", "fine-tuned", "change")
+    assert len(table.rows) == 3 * 8  # sets, figures
+    assert [cell.text for cell in table.rows[2]] == ["film", "mini_shapes", "k-NN NLL", "1.400", "1.400", "+0.000"]
+    assert table.rows[2][3].detail == "[1.380, 1.420]"
+
+
+def test_a_class_has_the_pictures_of_whichever_seed_kept_some(tmp_path):
+    for seed in range(2):
+        folder = make_run(tmp_path, "film", seed)
+        lost = "star" if seed == 0 else "ring"  # seed 0 kept rings alone, seed 1 stars
+        for file in folder.rglob(f"*{lost}*.png"):
+            file.unlink()
+    (table,) = (block for block in classes(groups_in(tmp_path)).blocks if hasattr(block, "rows"))
+    changed = [row for row in table.rows if row[1].text != "disc"]
+    assert len(changed) == 6
+    assert all(row[2].pictures for row in changed)
+    for file in tmp_path.rglob("*star*.png"):
+        file.unlink()
+    (table,) = (block for block in classes(groups_in(tmp_path)).blocks if hasattr(block, "rows"))
+    assert [row[2].text for row in table.rows if row[1].text == "star"] == ["none kept"] * 3
+
+
+def test_captions_and_tasks_say_by_which_protocol(tmp_path):
+    folder = make_run(tmp_path, "film", 0)
+    results = json.loads((folder / "results.json").read_text())
+    results["captioning"]["protocol"], results["task"]["protocol"] = "captions:v9", "task:v9"
+    write(folder / "results.json", results)
+    captions = [block.caption for block in tasks(groups_in(tmp_path)).blocks]
+    assert any("Protocol: captions:v9." in caption for caption in captions)
+    assert any("Protocol: task:v9." in caption for caption in captions)

@@ -105,8 +105,12 @@ def _draw_sets(ax: Axes, curve: Mapping[str, Any]) -> None:
             linestyle="-" if entry["domain"] == "in" else "--",
             label=f"{name} ({entry['domain']})",
         )
+        if "probe_delta" in entry:
+            probed = [100 * value for value in entry["probe_delta"]]
+            ax.plot(alphas, probed, color=colour, linewidth=1, linestyle=":", label=f"{name}, linear probe")
     ax.axvline(curve["chosen_alpha"], color=_COLOURS[1], linewidth=1, linestyle=":")
     ax.set_xlabel("α: 0 pretrained, 1 fine-tuned (dotted: chosen)")
-    ax.set_ylabel("change of k-NN accuracy (points)")
+    probes = any("probe_delta" in entry for entry in curve["sets"].values())
+    ax.set_ylabel(f"change of k-NN{' and probe' * probes} accuracy (points)")
     ax.set_title("bands: 95 % interval, paired bootstrap", fontsize=8.5, color=_QUIET)
     ax.legend(frameon=False, fontsize=8.5, loc="best")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from wlsup.evaluation.report.runs import Run
 from wlsup.evaluation.statistics import Interval, mean_and_interval, mean_of_intervals, wilson
 
-__all__ = ["UNTOUCHED", "Basis", "Estimate", "Group", "group_runs", "of_share", "over_seeds"]
+__all__ = ["UNTOUCHED", "Basis", "Estimate", "Group", "comparable", "group_runs", "of_share", "over_seeds"]
 
 Basis = Literal["seeds", "pictures", "pairs", "none"]
 Verdict = Literal["gain", "loss", "unsure", "untouched"]
@@ -129,6 +129,16 @@ class Group:
         """Return a figure of each run over the seeds; None where a run lacks it."""
         values = [figure(run) for run in self.runs]
         return None if any(value is None for value in values) else over_seeds(values)
+
+
+def comparable(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """Return those groups, the most that agree, whose means are over the same sets by one protocol; and the others."""
+    alike: dict[Any, list[Group]] = defaultdict(list)
+    for group in groups:
+        protocols = {str(run.results.get("protocol")) for run in group.runs}
+        alike[tuple(sorted(group.sets.items())), tuple(sorted(protocols))].append(group)
+    most = max(alike.values(), key=len, default=[])
+    return most, [group for group in groups if group not in most]
 
 
 def _of_one(value: float, interval: Sequence[float] | None) -> Estimate:

@@ -77,7 +77,8 @@ def find_runs(places: Iterable[Path]) -> tuple[list[Path], list[Path]]:
             )
         for name, found in (("results.json", finished), ("config.yaml", unfinished)):
             for file in sorted(place.rglob(name)):
-                found.setdefault(file.parent.resolve(), file.parent)
+                if not (file.parent / "adapter_config.json").is_file():  # of `wlsup export --adapter-only`: no run
+                    found.setdefault(file.parent.resolve(), file.parent)
     if not finished:
         where = ", ".join(map(str, places))
         raise WlsupError(f"No finished run in {where}: a run that is done has its results.json. Run `wlsup fit` first.")

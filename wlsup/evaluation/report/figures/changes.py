@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from wlsup.evaluation.report.figures.labels import place_labels
 from wlsup.evaluation.report.figures.style import Chart, Palette, axes, name_rows, points, slug
-from wlsup.evaluation.report.groups import UNTOUCHED, Estimate, Group
+from wlsup.evaluation.report.groups import UNTOUCHED, Estimate, Group, comparable
 from wlsup.evaluation.report.pareto import pareto_front
 
 __all__ = ["PRETRAINED", "changes_chart", "front", "scatter_chart"]
@@ -69,8 +69,9 @@ def front(groups: Sequence[Group]) -> tuple[list[tuple[str, Estimate, Estimate]]
     Groups whose encoder is untouched are that point, and are not told apart from it.
 
     Args:
-        groups: in any order.
+        groups: in any order; of those whose means are over other sets, or by another protocol, nothing is compared.
     """
+    groups, _ = comparable(groups)
     candidates = [(PRETRAINED, UNTOUCHED, UNTOUCHED)]
     for group in groups:
         inside, outside = group.domain_delta("in"), group.domain_delta("out")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from wlsup.evaluation.report.blocks import Cell, Charts, Listed, Section, Table, Text, change, share
 from wlsup.evaluation.report.figures.changes import changes_chart, front, scatter_chart
-from wlsup.evaluation.report.groups import Estimate, Group, of_share, over_seeds
+from wlsup.evaluation.report.groups import Estimate, Group, comparable, of_share, over_seeds
 
 __all__ = ["changes", "findings", "in_against_out", "interval_note", "set_domains", "used_protocols",
            "what_was_run"]  # fmt: skip
@@ -47,7 +47,10 @@ def findings(groups: Sequence[Group]) -> Section:
     trained = [group for group in groups if not group.untouched]
     seeds = sorted({run.seed for group in groups for run in group.runs})
     runs = sum(len(group.runs) for group in groups)
-    many = "one approach" if len(groups) == 1 else f"{len(groups)} approaches"
+    names = {group.approach for group in groups}
+    many = "one approach" if len(names) == 1 else f"{len(names)} approaches"
+    if len(groups) > len(names):
+        many += f" in {len(groups)} settings"
     lines = [f"{runs} runs of {many}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."]
     by_domain = {
         domain: {group.name: e for group in trained if (e := group.domain_delta(domain)) is not None}
@@ -61,6 +64,8 @@ def findings(groups: Sequence[Group]) -> Section:
         lines.append(
             f"Gain out of domain, and no loss in domain that the intervals can show: {', '.join(goal) or 'none'}."
         )
+    if told := _apart(groups):
+        lines.append(told)
     if untouched := [group.name for group in groups if group.untouched]:
         lines.append(f"Encoder not trained, so that its k-NN accuracy cannot change: {', '.join(untouched)}.")
     if few := [group.name for group in groups if len(group.runs) < 3]:
@@ -138,9 +143,15 @@ def in_against_out(groups: Sequence[Group]) -> Section:
         f"Beaten by none in both respects at once (dashed): {', '.join(best)}. The pretrained encoder is one of the "
         "points: what it beats is worse than doing nothing. The front is that of the means; where intervals overlap it "
         "may be another. Intervals that leave the picture are cut off there; its values have them whole. "
-        f"Protocol: {used_protocols(groups)}."
-    )
+        f"Protocol: {used_protocols(comparable(groups)[0])}. {_apart(groups)}"
+    ).rstrip()
     return Section("front", "At home against away", [Text(text), Charts((chart,), wide=True)])
+
+
+def _apart(groups: Sequence[Group]) -> str:
+    """Say whose means do not compare with the others'."""
+    others = ", ".join(group.name for group in comparable(groups)[1])
+    return others and f"Over other sets or by another protocol than most, so that their means do not compare: {others}."
 
 
 def _pretrained(groups: Sequence[Group], name: str) -> Cell:

@@ -37,9 +37,10 @@ def _table(group: Group) -> Table | None:
         pictures = _pictures(group, name)
         for row in _rows(group, name):
             kind = "helped" if row["delta"] > 0 else "hurt"
+            few = pictures.get((kind, row["file"]), ())
             cells.append(
                 (
-                    Cell(name), Cell(row["class"]), Cell(_WORDS[kind], pictures=pictures.get((kind, row["file"]), ())),
+                    Cell(name), Cell(row["class"]), Cell(_WORDS[kind] if few else "none kept", pictures=few),
                     Cell(str(row["n"])), share(_accuracy(row, "pretrained")), share(_accuracy(row, "finetuned")),
                     change(_delta(row)), Cell(_holm(row)),
                 )
@@ -57,7 +58,9 @@ def _table(group: Group) -> Table | None:
         "Holm",
     )
     seeds = sum(bool(run.evaluation) for run in group.runs)
-    told = f"{group.name}, {seeds} seed{'s' if seeds > 1 else ''}. Pictures are of the first seed that has them."
+    told = (
+        f"{group.name}, {seeds} seed{'s' if seeds > 1 else ''}. A class’s pictures are of the first seed that has some."
+    )
     return Table(told, headers, tuple(cells), words=3)
 
 
@@ -108,10 +111,11 @@ def _holm(row: Mapping[str, Any]) -> str:
 
 
 def _pictures(group: Group, name: str) -> dict[tuple[str, str], tuple[Picture, ...]]:
-    """Return thumbnails by ("helped" or "hurt", class as in their files' names)."""
-    run = next((run for run in group.runs if (run.folder / "classes" / file_name(name)).is_dir()), None)
+    """Return thumbnails by ("helped" or "hurt", class as in their files' names), of the first seed that has some."""
     found: dict[tuple[str, str], tuple[Picture, ...]] = {}
-    for (kind, label), files in (class_thumbnails(run.folder, file_name(name)) if run else {}).items():
-        read = [shown(file.read_bytes(), f"{label} of {name}, {_WORDS[kind]}") for file in files[:_SHOWN]]
-        found[kind, label] = tuple(picture for picture in read if picture is not None)
+    for run in group.runs:
+        for (kind, label), files in class_thumbnails(run.folder, file_name(name)).items():
+            if not found.get((kind, label)):
+                read = [shown(file.read_bytes(), f"{label} of {name}, {_WORDS[kind]}") for file in files[:_SHOWN]]
+                found[kind, label] = tuple(picture for picture in read if picture is not None)
     return found

@@ -72,7 +72,7 @@ def reproduce(groups: Sequence[Group]) -> Section:
     for group in groups:
         run = group.runs[0]
         lines = _commands(group)
-        blocks.append(Code(f"{group.name}: commands and versions", "\n".join(lines)))
+        blocks.append(Code(f"{group.name}: commands and versions", "\n".join(lines), open=True))  # on paper, too
         if run.config:
             blocks.append(Code(f"{group.name}: config.yaml of seed {run.seed}", run.config))
     return Section("reproduce", "How to do it again", blocks)

@@ -70,7 +70,7 @@ def spectra(groups: Sequence[Group]) -> Section:
         scored = [run for run in group.runs if run.spectra.get("layers")]
         if scored:
             cells = [figure(_median(scored, when), lambda value: f"{value:.2f}") for when in (0, 1)]
-            rows.append((Cell(group.name), Cell(str(len(scored))), *cells, Cell(_fitted(scored[0]))))
+            rows.append((Cell(group.name), Cell(str(len(scored))), *cells, Cell(_fitted(scored))))
     protocols = sorted({str(run.spectra.get("protocol")) for group in groups for run in group.runs if run.spectra})
     table = Table(
         "Median over layers of alpha, the exponent of the spectrum’s tail; over seeds mean and 95 % interval "
@@ -105,5 +105,8 @@ def _median(runs: Sequence[Run], when: int) -> Estimate | None:
     return over_seeds(found) if found else None
 
 
-def _fitted(run: Run) -> str:
-    return f"{len(both_alphas(run))} of {len(run.spectra['layers'])}"
+def _fitted(runs: Sequence[Run]) -> str:
+    """Say how many layers have a power law before and after, of how many; of several seeds from the fewest on."""
+    counts = sorted({len(both_alphas(run)) for run in runs})
+    layers = sorted({len(run.spectra["layers"]) for run in runs})
+    return " of ".join("-".join(map(str, dict.fromkeys((ends[0], ends[-1])))) for ends in (counts, layers))

@@ -13,6 +13,8 @@ __all__ = ["beyond_knn", "tasks"]
 
 _ELSEWHERE = ("knn", "classes")  # metrics that have sections of their own
 _ACCURACIES = ("knn", "probe", "few_shot", "zero_shot")  # of what more is better
+_WIDEST = 6  # columns of figures
+_KINDS = ("value", "pretrained", "fine-tuned", "delta", "chance")
 _NAMES = {
     "few_shot": "few-shot",
     "zero_shot": "zero-shot",
@@ -52,19 +54,40 @@ def beyond_knn(groups: Sequence[Group]) -> Section:
         )
     ]
     for metric, rows in found.items():
-        columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
-        judged = metric in _ACCURACIES
+        protocol = "; ".join(sorted(protocols.get(metric, ()))) or "not recorded"
+        name = _name(metric)
+        blocks.append(_table(f"{name[0].upper()}{name[1:]}. Protocol: {protocol}.", rows, metric in _ACCURACIES))
+    if retrieval is not None:
+        blocks.append(retrieval)
+    return Section("beyond", title, blocks)
+
+
+def _table(caption: str, rows: Mapping[tuple[str, str], Mapping[str, Estimate]], judged: bool) -> Table:
+    """Return a metric's table: its figures are columns, or where those would be too many for a sheet of paper, rows."""
+    columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
+    if len(columns) <= _WIDEST:
         cells = tuple(
             (Cell(approach), Cell(name), *(_cell(column, figures.get(column), judged) for column in columns))
             for (approach, name), figures in rows.items()
         )
-        protocol = "; ".join(sorted(protocols.get(metric, ()))) or "not recorded"
-        headers = ("approach", "set", *(_header(column, judged) for column in columns))
-        name = _name(metric)
-        blocks.append(Table(f"{name[0].upper()}{name[1:]}. Protocol: {protocol}.", headers, cells, words=2))
-    if retrieval is not None:
-        blocks.append(retrieval)
-    return Section("beyond", title, blocks)
+        return Table(caption, ("approach", "set", *(_header(column, judged) for column in columns)), cells, words=2)
+    parts = [_parted(column) for column in columns]
+    kinds = [kind for kind in _KINDS if any(kind == of for _, of in parts)]
+    lines = []
+    for (approach, name), figures in rows.items():
+        for what in dict.fromkeys(what for what, _ in parts):
+            mine = {kind: column for column, (of, kind) in zip(columns, parts, strict=True) if of == what}
+            if any(column in figures for column in mine.values()):
+                shown = [_cell(mine.get(kind, kind), figures.get(mine.get(kind, "")), judged) for kind in kinds]
+                lines.append((Cell(approach), Cell(name), Cell(what), *shown))
+    headers = ("approach", "set", "figure", *(_header(kind, judged) for kind in kinds))
+    return Table(caption, headers, tuple(lines), words=3)
+
+
+def _parted(column: str) -> tuple[str, str]:
+    """Part "k-NN NLL fine-tuned" into what is measured, and of which encoder."""
+    what, _, kind = column.rpartition(" ")
+    return (what, kind) if what and kind in _KINDS else (column, "value")
 
 
 def tasks(groups: Sequence[Group]) -> Section:
@@ -187,7 +210,7 @@ def _recall(values: Sequence[float], interval: Any, pairs: int) -> Cell:
 
 
 def _captioning(groups: Sequence[Group]) -> Table | None:
-    rows, how = [], set()
+    rows, how, protocols = [], set(), set()
     scored = [
         group for group in groups if all((run.results.get("captioning") or {}).get("scores") for run in group.runs)
     ]
@@ -206,11 +229,12 @@ def _captioning(groups: Sequence[Group]) -> Table | None:
         one = found[0]
         many = f"{one.get('pictures')} held-out pictures, {one.get('references')} human captions"
         how.add(f"{group.name}: {many}, {one.get('generation')}")
+        protocols |= {str(entry.get("protocol") or "not recorded") for entry in found}
     if not rows:
         return None
     return Table(
         "Caption scores. BLEU, ROUGE-L and METEOR lie in [0, 1], CIDEr-D in [0, 10]. Brackets: 95 % interval over "
-        "seeds (Student’s t), of one seed over pictures (bootstrap).",
+        f"seeds (Student’s t), of one seed over pictures (bootstrap). Protocol: {'; '.join(sorted(protocols))}.",
         ("approach", *(_SCORES[name] for name in names)), tuple(rows), note=f"{'; '.join(sorted(how))}.",
     )  # fmt: skip
 
@@ -244,9 +268,10 @@ def _task(group: Group) -> Table | None:
             )
         )
     note = found[0].get("note") or ""
+    protocol = found[0].get("protocol") or "not recorded"
     return Table(
-        f"{found[0].get('title')} ({group.name}). {_over_what(group)}", ("measured", "unit", "value", "chance"),
-        tuple(rows), words=2, note=str(note),
+        f"{found[0].get('title')} ({group.name}). {_over_what(group)} Protocol: {protocol}.",
+        ("measured", "unit", "value", "chance"), tuple(rows), words=2, note=str(note),
     )  # fmt: skip
 
 
