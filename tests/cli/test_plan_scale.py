@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,13 +10,11 @@ from wlsup.cli import main
 from wlsup.cli.plan_scale import APPROACHES, ENCODERS, LANGUAGE, Cluster, Job, plan, size
 from wlsup.errors import WlsupError
 
-MEASURED = {  # one H100, ViT-B/16, bf16, batch 64: pictures a second, MiB of activations (benchmarks/README.md)
-    "full": (1566, 4406),
-    "film": (1567, 3883),
-    "film_top_4": (2311, 1389),
-    "lora": (1184, 4688),
-    "lst": (951, 680),
-    "lit": (4013, 259),
+RECORD = json.loads((Path(__file__).parents[2] / "benchmarks" / "approaches_gpu.json").read_text())["runs"][0]
+MEASURED = {  # one H100, ViT-B/16, bf16, batch 64: pictures a second, MiB of activations
+    name: (row["pictures_per_second"], row["peak_mib"])
+    for row in RECORD["rows"]
+    if (name := row["name"].replace(", top 4", "_top_4")) in APPROACHES and APPROACHES[name].measured
 }
 
 
@@ -27,6 +26,22 @@ def test_what_was_measured_comes_out_again(approach):
     assert 1e3 * 64 / found["milliseconds"]["compute"] * text == pytest.approx(speed, rel=0.05)
     assert 1024 * found["memory_gib"]["activations"] == pytest.approx(activations, rel=0.02)
     assert not found["estimated"]
+
+
+def test_every_approach_has_a_plan():
+    from wlsup.approaches import APPROACHES as ALL
+
+    assert set(APPROACHES) - {"film_top_4", "bottleneck_top_4"} == set(ALL)
+    assert set(MEASURED) == {name for name, approach in APPROACHES.items() if approach.measured}
+    for name in APPROACHES:
+        assert main(["plan-scale", name, "--json"]) == 0
+
+
+def test_it_is_told_where_a_branch_is_not_planned(capsys):
+    assert main(["plan-scale", "film"]) == 0
+    assert "of its main branch alone" in capsys.readouterr().out
+    assert main(["plan-scale", "full"]) == 0
+    assert "branch alone" not in capsys.readouterr().out
 
 
 def test_the_paper_preset_of_full_is_met_within_a_tenth():
@@ -143,7 +158,7 @@ def test_the_command_tells_memory_time_and_what_was_not_measured(capsys):
         (["magma_moe", "--k", "0"], "a --k between 1 and them"),
         (["film", "--experts", "0"], "--experts is of magma_moe's experts; film has none"),
         (["magma", "--shard-experts"], "--shard-experts is of magma_moe's experts"),
-        (["--strategy", "fsdp"], "plan magma or magma_moe"),
+        (["--strategy", "fsdp"], "plan mae_lm, linear_map, magma"),
         (["full", "--language", "gpt2"], "full has no language model"),
         (["magma", "--language", "none"], "magma needs a --language"),
         (["magma_moe", "--experts", "0"], "at least one of --experts"),
