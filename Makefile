@@ -26,8 +26,8 @@ $(BIN)/.installed: setup.cfg pyproject.toml
 
 setup: $(BIN)/.installed ## create .venv and install
 
-# DATA is a captions file (CSV, TSV, JSONL), or an overlay recipe (YAML) that says where captions and pictures lie
-data_option = $(if $(DATA),$(if $(filter %.yaml %.yml,$(DATA)),-c $(DATA),--data.source table --data.captions $(DATA)))
+# DATA is a captions file (CSV, TSV, JSONL), of which all pairs are taken, or an overlay recipe (YAML) that says where captions and pictures lie
+data_option = $(if $(DATA),$(if $(filter %.yaml %.yml,$(DATA)),-c $(DATA),--data.source table --data.captions $(DATA) --data.pairs null))
 
 # a preset's values for one approach, where that has other parts than most (a language model, no text encoder)
 preset_overlay = $(firstword $(wildcard experiments/overlays/$(PRESET)_$(APPROACH).yaml) experiments/overlays/$(PRESET).yaml)

@@ -26,7 +26,7 @@ wlsup_options() {
     case ${DATA:-} in
     '') ;;
     *.yaml | *.yml) OPTIONS+=(-c "$DATA") ;;
-    *) OPTIONS+=(--data.source table --data.captions "$DATA") ;;
+    *) OPTIONS+=(--data.source table --data.captions "$DATA" --data.pairs null) ;;
     esac
     [ -z "${SHARDS:-}" ] || OPTIONS+=(--data.source shards --data.images "$SHARDS")
     OPTIONS+=(--seed_everything "${SEED:-0}" --run_dir "$RUN_DIR" --resume auto)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from wlsup.callbacks.run_folder import RunFolder
+from wlsup.callbacks.run_folder import RunFolder, toys_told
 
 
 class Measuring(torch.nn.Module):
@@ -47,3 +47,14 @@ def test_pictures_that_any_process_could_not_read_are_told_also_by_a_resumed_run
     resumed = RunFolder(tmp_path, "", {}, {})
     resumed.load_state_dict(callback.state_dict())
     assert resumed.skipped == {"picture0": "torn", "picture1": "torn"}
+
+
+def test_captions_of_ones_own_on_the_toys_are_told_with_their_cure():
+    toy, real = {"id": "mini"}, {"id": "timm:vit_base_patch16_224.dino"}
+    mine = SimpleNamespace(source="table", eval_sets=["mini_shapes", "mini_digits"])
+    told = toys_told(SimpleNamespace(bases={"encoder": toy, "text": real}), mine)
+    assert "mini encoder model, evaluation sets" in told
+    assert "--model.encoder.weights, --data.eval_sets" in told
+    mine.eval_sets = ["mini_shapes", SimpleNamespace(name="xrays")]
+    assert toys_told(SimpleNamespace(bases={"encoder": real, "text": real}), mine) == ""
+    assert toys_told(SimpleNamespace(bases={"encoder": toy}), SimpleNamespace(source="mini", eval_sets=[])) == ""

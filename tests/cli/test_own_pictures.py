@@ -82,3 +82,32 @@ def test_a_broken_table_ends_in_one_message(own, change, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+def test_a_bare_encoder_is_scored_on_ones_own_sets(own, capsys):
+    mine = own / "sets.yaml"
+    mine.write_text(
+        "data:\n  eval_sets:\n    - mini_digits\n"
+        f"    - {{name: pets, kind: imagefolder, images: {own / 'labelled'}, domain: in}}\n"
+    )
+    assert main(["knn", "mini", "--sets", str(mine), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["knn"]
+    assert {name: entry["domain"] for name, entry in found.items()} == {"mini_digits": "out", "pets": "in"}
+    assert found["pets"]["test"] == 12
+    assert main(["evaluate", "mini", "--sets", str(mine), "--metrics", "classes", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["sets"]) == {"mini_digits", "pets"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: {}\n", "names no evaluation sets"),
+        ("data: {eval_sets: [{images: x}]}\n", "has no name"),
+        ("data: {eval_sets: [{name: x, image: y}]}\n", "Did you mean 'images'"),
+    ],
+)
+def test_a_recipe_of_sets_that_says_too_little_is_one_message(text, said, own, capsys):
+    (own / "sets.yaml").write_text(text)
+    assert main(["knn", "mini", "--sets", str(own / "sets.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

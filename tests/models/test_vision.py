@@ -206,7 +206,7 @@ def test_same_weights_have_the_same_fingerprint_and_others_another() -> None:
     ("spec", "message"),
     [
         (VisionSpec("vit_bas_patch16_224"), "vit_base_patch16_224"),
-        (VisionSpec("resnet50"), "not a ViT of timm's"),
+        (VisionSpec("resnet50"), "not one of the ViTs that wlsup teaches"),
         (VisionSpec("/nowhere/model.safetensors"), "/nowhere/model.safetensors"),
         (VisionSpec("dino_vitbase16.pth"), "No such file or folder"),
         (VisionSpec(architecture="vit(width=3)", pretrained=False), "Unknown argument"),

@@ -96,6 +96,27 @@ def processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def toys_told(module: Any, data: Any) -> str:
+    """Say where captions of one's own meet what the package has to try things out with; "" where they do not."""
+    if getattr(data, "source", "mini") == "mini":
+        return ""
+    models = [role for role, base in module.bases.items() if base["id"] == "mini"]
+    sets = [str(getattr(one, "name", one)) for one in getattr(data, "eval_sets", ())]
+    toys = [f"{role} model" for role in models] + ["evaluation sets"] * (sets != [] and all(map(_is_mini, sets)))
+    if not toys:
+        return ""
+    options = {"encoder": "--model.encoder.weights", "text": "--model.text.weights", "language": "--model.language"}
+    cures = [options.get(role, f"--model.{role}") for role in models] + ["--data.eval_sets"] * (len(toys) > len(models))
+    return (
+        f"captions of source {data.source!r} with the built-in mini {', '.join(toys)}, which are for trying things out "
+        f"and know generated pictures and their few words alone: name real ones with {', '.join(cures)}."
+    )
+
+
+def _is_mini(name: str) -> bool:
+    return name.startswith("mini_")
+
+
 class RunFolder(Callback):
     """Write config, environment, plan and manifest when a run starts, results.json and the table when it ends.
 
@@ -137,6 +158,9 @@ class RunFolder(Callback):
         plan = pl_module.plan.describe(pl_module)
         write_json(self.folder / "plan.json", {"approach": pl_module.name, "bases": pl_module.bases, **plan})
         logger.info("%s %s", pl_module.name, pl_module.plan.summary(pl_module))
+        logger.info("on %s", ", ".join(f"{role} {base['id']}" for role, base in pl_module.bases.items()))
+        if told := toys_told(pl_module, trainer.datamodule):
+            logger.warning("%s", told)
         knn = _find(trainer, KNN)
         metrics = sorted(knn.baseline_metrics() if knn else (), key=_prominence)
         for board in _boards(trainer):
@@ -214,6 +238,7 @@ class RunFolder(Callback):
             "samples_seen": self.samples_seen,
             "seconds": round(self.seconds, 1),
             "parameters": {"total": plan["total"], "trained": plan["trained"]},
+            "untouched": bool(getattr(pl_module, "untouched", False)),
             "captions": {
                 "source": getattr(data, "source", None),
                 "pairs": len(data.manifest),

@@ -42,7 +42,7 @@ from wlsup.cli.environments import cluster_environment
 from wlsup.cli.lacking import refuse_what_lacks
 from wlsup.cli.launch_check import check_this_launch
 from wlsup.cli.loggers import run_loggers
-from wlsup.cli.recipes import approach_named_in
+from wlsup.cli.recipes import approach_named_in, eval_sets_named
 from wlsup.cli.sharded_strategy import ShardedStrategy, units_of
 from wlsup.cli.training import RUN_DIR, resumption
 from wlsup.errors import WlsupError
@@ -311,7 +311,8 @@ def choose_eval_sets(data: lightning.LightningDataModule, names: str | None, roo
     data.root = root or data.root
     if names is not None:
         described = {getattr(entry, "name", entry): entry for entry in data.eval_sets}
-        data.eval_sets = [described.get(name.strip(), name.strip()) for name in names.split(",")]
+        wanted = eval_sets_named(names) or []
+        data.eval_sets = [described.get(entry, entry) if isinstance(entry, str) else entry for entry in wanted]
         check_eval_sets(data.eval_sets)
     for entry in data.eval_sets:
         locate_eval_set(entry, data.root)

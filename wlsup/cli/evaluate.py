@@ -15,7 +15,7 @@ from wlsup.cli.earlier import left_as_it_is
 from wlsup.cli.export import ADAPTER_CONFIG, load_adapter
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
-from wlsup.cli.recipes import holds_run, knn_options
+from wlsup.cli.recipes import eval_sets_named, holds_run, knn_options
 from wlsup.errors import WlsupError
 
 __all__ = ["HELP", "run"]
@@ -30,7 +30,8 @@ evaluation.json and pictures of the classes that changed most (classes/) into th
   RUN|WEIGHTS                   a run's folder; or what `wlsup export` made of one, mini, any timm name (not ViTs
                                 alone), hf-hub:ID, a local weight file or folder
   --metrics NAME,..             probe, few_shot, calibration, drift, classes, zero_shot, retrieval (all by default)
-  --sets NAME,..                eval sets; by default the run's own, or the four mini ones
+  --sets NAME,..|FILE.yaml      eval sets, or those of a recipe (data: {eval_sets: [...]}), your own among them; by
+                                default the run's own, or the four mini ones
   --root DIR                    the folder of the published sets (by default the run's; the environment's
                                 WLSUP_DATA; ./data)
   --shots N,..                  of few_shot: labelled pictures a class (1,5)
@@ -164,7 +165,7 @@ def _evaluate_weights(spec: Any, options: argparse.Namespace) -> dict[str, Any]:
 
     folder = Path(options.target)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    names = None if options.sets is None else [name.strip() for name in options.sets.split(",")]
+    names = eval_sets_named(options.sets)
     data = CaptionDataModule(eval_sets=None if is_adapter else names, root=options.root)
     data.check_files()  # before an encoder is loaded for nothing
     # The others compare two encoders, or pictures with text.

@@ -78,7 +78,9 @@ def run(arguments: list[str]) -> int:
 
     print(f"wrote {out}: {', '.join(written['files'])}")
     print(written["what"])
-    print("\n".join(f"    {line}" for line in loading_lines(written["kind"], out.name)))
+    print("\n".join(f"    {line}" for line in loading_lines(written["kind"], str(out))))
+    if alpha == 0:
+        print("alpha 0: these are the weights from before training. What was taught is not in them.")
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from wlsup.cli.export import ADAPTER_CONFIG, load_adapter
 from wlsup.cli.logs import log_to_terminal
 from wlsup.cli.parser import CommandParser, given_numbers
-from wlsup.cli.recipes import holds_run, knn_options
+from wlsup.cli.recipes import eval_sets_named, holds_run, knn_options
 from wlsup.errors import WlsupError
 
 __all__ = ["HELP", "run"]
@@ -22,8 +22,9 @@ Score an encoder by weighted k-NN, without training.
 
   RUN|WEIGHTS                   a run's folder, or what `wlsup export` made of one; or mini, any timm name (not ViTs
                                 alone), hf-hub:ID, a local weight file or folder
-  --sets NAME,..                eval sets: cifar10, cifar100, svhn, eurosat, dtd, imagenet, mini_shapes, ...;
-                                by default the run's own, or the four mini ones
+  --sets NAME,..|FILE.yaml      eval sets: cifar10, cifar100, svhn, eurosat, dtd, imagenet, mini_shapes, ...; or those
+                                of a recipe, your own among them (data: {eval_sets: [...]}); by default the run's
+                                own, or the four mini ones
   --root DIR                    the folder of the published sets (by default the run's; the environment's
                                 WLSUP_DATA; ./data)
   --random                      random weights of the same architecture (seed 0), for comparison
@@ -100,7 +101,7 @@ def _score(options: argparse.Namespace) -> dict[str, Any]:
     from wlsup.models.foreign import open_encoder
 
     folder = Path(options.target)
-    names = None if options.sets is None else [name.strip() for name in options.sets.split(",")]
+    names = eval_sets_named(options.sets)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     is_run = is_adapter or holds_run(folder)
     data = CaptionDataModule(eval_sets=None if is_run else names, root=options.root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from wlsup.approaches import APPROACHES
 from wlsup.errors import WlsupError, choose
 
-__all__ = ["approach_named_in", "holds_run", "knn_options"]
+__all__ = ["approach_named_in", "eval_sets_named", "holds_run", "knn_options"]
 
 
 def holds_run(folder: Path) -> bool:
@@ -22,6 +23,36 @@ def knn_options(folder: Path) -> dict[str, Any]:
     """Return k and temperature of a run's own k-NN, as far as its configuration names them."""
     knn = _recipe(folder / "config.yaml").get("knn") or {}
     return {name: knn[name] for name in ("k", "temperature") if name in knn}
+
+
+def eval_sets_named(text: str | None) -> list[Any] | None:
+    """Return the evaluation sets that ``--sets`` names: by name, at commas, or those of a recipe (YAML).
+
+    Args:
+        text: "svhn,dtd", or the path of a file with ``data: {eval_sets: [...]}``; None for none named.
+
+    Raises:
+        WlsupError: there is no such file, or it has no sets, or one of them is not well described.
+    """
+    if text is None or not text.endswith((".yaml", ".yml")):
+        return None if text is None else [name.strip() for name in text.split(",")]
+    from wlsup.data.evalsets import EvalSetSpec
+
+    entries = (_recipe(Path(text)).get("data") or {}).get("eval_sets")
+    if not isinstance(entries, list) or not entries:
+        raise WlsupError(
+            f"{text} names no evaluation sets: it needs data: {{eval_sets: [...]}}, as a run's recipe has."
+        )
+    known = [field.name for field in fields(EvalSetSpec)]
+    found: list[Any] = []
+    for entry in entries:
+        if isinstance(entry, dict):
+            for key in entry:
+                choose(f"key of an evaluation set in {text}", str(key), known)
+            if "name" not in entry:
+                raise WlsupError(f"{text}: an evaluation set has no name: {entry}.")
+        found.append(EvalSetSpec(**entry) if isinstance(entry, dict) else str(entry))
+    return found
 
 
 def approach_named_in(arguments: list[str]) -> str:

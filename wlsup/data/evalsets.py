@@ -206,7 +206,10 @@ def _kind(entry: str | EvalSetSpec) -> str:
         kind = entry.kind or ("table" if entry.labels or entry.name not in PUBLISHED else entry.name)
         return choose("kind of eval set", kind, ("imagefolder", "table", *PUBLISHED))
     return choose(
-        "eval set", entry, eval_set_names(), "For a set of your own give name, kind, images, labels and domain instead."
+        "eval set",
+        entry,
+        eval_set_names(),
+        "A set of your own stands in a recipe: data: {eval_sets: [{name, kind, images, labels, domain}]}.",
     )
 
 

@@ -113,7 +113,7 @@ def split_positions(
         if pairs is not None and pairs > len(rest):
             raise WlsupError(
                 f"{size}={pairs}, but the source has {len(keys)} usable keys, of which {validation} are held out. "
-                f"Set {size} to at most {len(rest)}, or leave it unset to use them all."
+                f"Set {size} to at most {len(rest)}, or to null to use them all (--data.{size} null)."
             )
         chosen = rest if pairs is None else rest[hash_positions(_At(keys, rest), "wlsup pairs")][:pairs]
     return _by_key(keys, chosen), _by_key(keys, held_out)

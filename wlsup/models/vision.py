@@ -20,6 +20,11 @@ from wlsup.models.weights import tensors_sha256
 
 __all__ = ["VisionEncoder", "VisionSpec", "build_vision"]
 
+_ONE_CHANNEL = (
+    " Pictures are read as RGB: give it weights whose patch embedding takes three channels, such as "
+    "patch_embed.proj.weight.repeat(1, 3, 1, 1) / 3, which sees a grey picture as before."
+)
+
 
 class VisionEncoder(nn.Module):
     """A timm VisionTransformer or Eva as wlsup uses it.
@@ -204,7 +209,10 @@ class VisionEncoder(nn.Module):
     def _check(self, images: Tensor) -> None:
         channels, side = self.backbone.patch_embed.proj.in_channels, self.patch_size
         if images.ndim != 4 or images.shape[1] != channels:
-            raise WlsupError(f"Pictures have shape {tuple(images.shape)}; the encoder takes (B, {channels}, H, W).")
+            raise WlsupError(
+                f"Pictures have shape {tuple(images.shape)}; the encoder takes (B, {channels}, H, W)."
+                + (_ONE_CHANNEL if channels == 1 and images.ndim == 4 and images.shape[1] == 3 else "")
+            )
         if images.shape[2] % side or images.shape[3] % side or not images.shape[2] or not images.shape[3]:
             raise WlsupError(
                 f"Pictures are {images.shape[2]} x {images.shape[3]} pixels; both must be multiples of the patch size, "

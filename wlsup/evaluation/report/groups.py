@@ -80,7 +80,10 @@ class Group:
 
     @property
     def untouched(self) -> bool:
-        """Whether the encoder gives the pretrained one's neighbours exactly: it did not train."""
+        """Whether the encoder did not train; of runs that do not say so: it gives the pretrained one's neighbours."""
+        told = [run.results.get("untouched") for run in self.runs]
+        if None not in told:
+            return all(told)
         entries = [entry for run in self.runs for entry in run.results["knn"].values()]
         deltas = [(entry["delta"], *entry.get("ci95", ())) for entry in entries]
         return bool(deltas) and not any(map(any, deltas))
