@@ -85,3 +85,11 @@ def test_pretrained_is_the_encoder_where_an_approach_does_not_begin_as_it():
     callback.on_fit_start(trainer, lst)
     (expected,) = (evaluate_knn(build_vision(VisionSpec()), one).top1 for one in data.eval_datasets())
     assert callback.baseline() == {"mini_shapes": expected}
+
+
+def test_pictures_that_could_not_be_read_are_in_the_results():
+    from wlsup.callbacks.knn import left_out
+
+    eval_set = SimpleNamespace(train=range(10), test=range(6))
+    assert left_out(eval_set, SimpleNamespace(train=10, test=6)) == {}
+    assert left_out(eval_set, SimpleNamespace(train=10, test=4)) == {"left_out": {"train": 0, "test": 2}}

@@ -82,10 +82,17 @@ def test_an_unreadable_picture_comes_as_zeros_with_its_reason(table_set, spec):
 
 
 def test_a_few_missing_pictures_are_reported_and_many_refused(table_set, spec):
-    built = build_eval_set(table_set(missing=("dog0.jpg",), max_bad_fraction=0.1), spec)
+    built = build_eval_set(table_set(missing=("dog0.jpg",), max_bad_fraction=0.2), spec)
     assert [item[2] for item in built.train if len(item) == 3][-1].startswith("root/dog0.jpg: not in ")
-    with pytest.raises(WlsupError, match=r"1 of 12 pictures cannot be had, such as 'root/dog0.jpg'.*max_bad_fraction"):
+    with pytest.raises(WlsupError, match=r"1 of 8 pictures cannot be had, such as 'root/dog0.jpg'.*max_bad_fraction"):
         build_eval_set(table_set(missing=("dog0.jpg",)), spec)
+
+
+def test_queries_are_counted_by_themselves_and_no_class_may_lose_all_of_its_own(table_set, spec):
+    with pytest.raises(WlsupError, match=r"1 of 4 pictures cannot be had, such as 'root/dog5.jpg'"):
+        build_eval_set(table_set(missing=("dog5.jpg",), max_bad_fraction=0.2), spec)  # 1 of 12 in all
+    with pytest.raises(WlsupError, match=r"of class 'dog' no picture of split 'test' is there"):
+        build_eval_set(table_set(missing=("dog4.jpg", "dog5.jpg"), max_bad_fraction=0.6), spec)
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,7 @@ class KNN(Callback):
                 str(other): {"pretrained": accuracy[other], "finetuned": result.accuracy[other]}
                 for other in result.accuracy
             },
+            **left_out(eval_set, result),
         }
 
     def baseline_metrics(self) -> dict[str, float]:
@@ -253,6 +254,12 @@ class KNN(Callback):
             **{f"knn_delta/{name}": delta for name, delta in deltas.items()},
             **{f"summary/{name}": mean for name, mean in means.items() if mean is not None},
         }
+
+
+def left_out(eval_set: EvalSet, result: KNNResult) -> dict[str, dict[str, int]]:
+    """Return, as "left_out", how many pictures of bank and queries could not be read; nothing where all could."""
+    lost = {"train": len(eval_set.train) - result.train, "test": len(eval_set.test) - result.test}
+    return {"left_out": lost} if any(lost.values()) else {}
 
 
 def _limits(intervals: dict[str, list[float]]) -> dict[str, float]:

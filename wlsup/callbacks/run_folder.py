@@ -224,6 +224,13 @@ class RunFolder(Callback):
         skipped = results["captions"]["skipped"]
         if skipped:
             logger.warning("%d pictures could not be read and were replaced; results.json names them", len(skipped))
+        for name, entry in results["knn"].items():
+            if lost := entry.get("left_out"):
+                logger.warning(
+                    "%s is without pictures that could not be read: %d of the bank, %d of the queries",
+                    name,
+                    *lost.values(),
+                )
         logger.info("results in %s", self.folder)
 
     def results(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:

@@ -287,7 +287,7 @@ def _from_table(entry: EvalSetSpec, store: ImageStore) -> tuple[list[tuple[str, 
     ids, class_names = _class_ids(table, [(line, label, name) for line, _, _, label, name in rows])
     prefix = resolve_prefix(store, [clean_name(file) for _, file, *_ in rows])
     found = [(split, prefix + clean_name(file), ids[label]) for _, file, split, label, _ in rows]
-    _check_files(entry, store, [name for _, name, _ in found])
+    _check_files(entry, store, found, class_names)
     return found, class_names
 
 
@@ -311,18 +311,35 @@ def _class_ids(table: Table, rows: Sequence[tuple[int, str, str]]) -> tuple[dict
     return {label: position for position, label in enumerate(ordered)}, [named[label] for label in ordered]
 
 
-def _check_files(entry: EvalSetSpec, store: ImageStore, names: Sequence[str]) -> None:
-    repeated = [name for name, count in Counter(names).items() if count > 1]
+def _check_files(
+    entry: EvalSetSpec, store: ImageStore, rows: Sequence[tuple[str, str, int]], class_names: Sequence[str]
+) -> None:
+    """Look for the pictures of bank and queries, each by itself: those of the queries are few."""
+    repeated = [name for name, count in Counter(name for _, name, _ in rows).items() if count > 1]
     if repeated:
         raise WlsupError(
             f"{entry.labels} lists {len(repeated)} pictures more than once, such as {repeated[0]!r}. Each picture may "
             "be in one split, with one label."
         )
-    check_present(entry, store, names, f"Check images ({entry.images})")
+    for split in {entry.train, _test_split(entry, {split for split, *_ in rows})}:
+        mine = [(name, label) for of, name, label in rows if of == split]
+        missing = check_present(entry, store, [name for name, _ in mine], f"Check images ({entry.images})")
+        if lost := {label for _, label in mine} - {label for name, label in mine if name not in missing}:
+            raise WlsupError(
+                f"Eval set {entry.name!r}: of class {class_names[min(lost)]!r} no picture of split {split!r} is there. "
+                f"Check images ({entry.images}), or take the class out of {entry.labels}."
+            )
 
 
-def check_present(entry: EvalSetSpec, store: ImageStore, names: Sequence[str], advice: str) -> None:
-    """Refuse a set of whose pictures too many are not in ``store``; ``advice`` says what to do about it."""
+def check_present(entry: EvalSetSpec, store: ImageStore, names: Sequence[str], advice: str) -> dict[str, str]:
+    """Refuse a set of whose pictures too many are not in ``store``; return those that are not, and why.
+
+    Args:
+        entry: says how many are too many.
+        store: where they are to be.
+        names: of pictures.
+        advice: what to do about it.
+    """
     missing = store.problems(names)
     if len(missing) > entry.max_bad_fraction * len(names):
         name, why = next(iter(missing.items()))
@@ -330,3 +347,4 @@ def check_present(entry: EvalSetSpec, store: ImageStore, names: Sequence[str], a
             f"Eval set {entry.name!r}: {len(missing)} of {len(names)} pictures cannot be had, such as {name!r} "
             f"({why}). {advice}, or raise max_bad_fraction ({entry.max_bad_fraction:g})."
         )
+    return missing
