@@ -18,12 +18,20 @@ from wlsup.models.vision import VisionSpec, build_vision
 ENTRIES = {
     "mini_digits": {
         "domain": "out",
+        "temperature": 0.07,
         "train": 1000,
         "test": 500,
         "accuracy": {"10": 0.158, "20": 0.15, "200": 0.1},
         "ci95": {"10": [0.129, 0.193], "20": [0.121, 0.184], "200": [0.077, 0.129]},
     },
-    "tiny": {"domain": "in", "train": 40, "test": 10, "accuracy": {"10": 1.0}, "ci95": {"10": [0.722, 1.0]}},
+    "tiny": {
+        "domain": "in",
+        "temperature": 0.07,
+        "train": 40,
+        "test": 10,
+        "accuracy": {"10": 1.0},
+        "ci95": {"10": [0.722, 1.0]},
+    },
 }
 
 

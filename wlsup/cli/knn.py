@@ -79,7 +79,7 @@ def _show(target: str, entries: dict[str, Any], console: Any) -> None:
     # Its own width: in a terminal too narrow for it lines wrap, where rich would cut numbers short.
     table.width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     console.print(table, soft_wrap=True)
-    temperature = next(iter(entries.values()))["temperature"] if entries else 0.07
+    temperature = next((entry["temperature"] for entry in entries.values()), 0.07)
     protocol = protocol_id(20, temperature).replace(" k=20", "")
     print(f"In brackets Wilson's 95 % interval over the queries. Protocol: {protocol}, k as in the columns.")
 
