@@ -122,7 +122,7 @@ def test_a_few_undecodable_bytes_are_replaced_and_counted_and_many_are_an_error(
     assert pairs(source)["b.jpg"] == ["caf\ufffd"]
     assert source.notes == ["1 row (line 42) with bytes that are not utf-8, read as U+FFFD"]
     latin = "image,caption\na.jpg,café\nb.jpg,thé\n".encode("latin-1")
-    with pytest.raises(WlsupError, match=r"is not utf-8: 2 of 2 rows .* line 2\. Set source_options\.encoding"):
+    with pytest.raises(WlsupError, match=r"is not utf-8: 2 of 2 rows .* line 2\. Set --data.source_options\.encoding"):
         read(latin)
     assert pairs(read(latin, encoding="latin-1")) == {"a.jpg": ["café"], "b.jpg": ["thé"]}
     half_a_pair = json.dumps({"image": "a.jpg", "caption": "\ud83d smile"})
@@ -159,7 +159,7 @@ def test_a_caption_of_ten_thousand_words_is_kept(read):
         ('{"image": "a.jpg"}\n{"image": \n', "t.jsonl", {}, r"line 2: not JSON"),
         ("[1]\n", "t.jsonl", {}, r"line 1: a JSON list"),
         ('image,caption\na.jpg,one\nb.jpg,"two\nc.jpg,three\n', "t.csv", {}, r"line 3: a field begins with a quote"),
-        ("image,caption\nz.jpg,one\n", "t.csv", {}, r"no usable pair \(not in .*images"),
+        ("image,caption\nz.jpg,one\n", "t.csv", {}, r"no usable pair \(not in .*images, such as 'z.jpg'\)"),
     ],
 )
 def test_a_broken_table_ends_in_one_message_that_says_what_to_do(read, content, name, options, message):

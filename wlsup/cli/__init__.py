@@ -78,12 +78,14 @@ Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the
   --seed_everything N           seed of everything (0)
   --preset NAME                 a label for the run's folder (mini)
   --runs DIR                    where runs go: DIR/<approach>/<preset>/seed<k>/<time>/ (runs)
-  --resume CKPT                 go on from a checkpoint of the same approach and base model
+  --resume CKPT|auto            go on from a checkpoint of the same approach and base model; auto, with -c RUN/config.yaml and
+                                --run_dir RUN: from that run's newest
   --data.source NAME            mini | table | coco | conceptual_captions | imagenet_captions |
                                 imagenet_class_names | shards
   --data.captions FILE          of table: CSV, TSV or JSONL of picture and caption; else the file as published
   --data.images DIR|TAR|ZIP     where the pictures lie; of shards their folder
-  --data.pairs N                how many pictures, the same ones on every machine
+  --data.pairs N|null           how many pictures, the same ones on every machine; null: all
+  --data.max_bad_fraction X     of the pictures, may be missing or unreadable (0.05)
   --data.manifest FILE          another run's manifest.txt: its very pictures again
   --data.batch_size N           pairs a step
   --data.num_workers N          processes that read pictures
@@ -106,7 +108,7 @@ Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the
   --captioning.pictures N       of captioners: held-out pictures that are captioned and scored at the end (128)
   --projector.pictures N        in TensorBoard's projector: so many test pictures of each set, before and after (0)
   --print_config                print the whole resolved configuration
-  --help-all                    every option there is (imports torch: some seconds)
+  --help-all                    every option of --approach NAME, mae_lm's without (imports torch: some seconds)
 """
 
 _PRETRAIN_HELP = """\

@@ -100,8 +100,8 @@ def check_table(
     options = dict(options or {})
     reading = {name: options[name] for name in ("delimiter", "header", "encoding") if name in options}
     table = read_table(captions, **reading)
-    image = table.column("image_column", options.get("image_column"), IMAGE_COLUMNS)
-    text = table.column("caption_column", options.get("caption_column"), CAPTION_COLUMNS)
+    image = table.column("--option image_column=...", options.get("image_column"), IMAGE_COLUMNS)
+    text = table.column("--option caption_column=...", options.get("caption_column"), CAPTION_COLUMNS)
     store = open_store(images if images is not None else table.path.parent)
     report = CheckReport("table")
     captions_of: dict[str, list[str]] = {}

@@ -244,10 +244,10 @@ def load_source(name: str, request: SourceRequest, options: Mapping[str, Any] | 
     check_source(name, options or {})
     source = _BUILDERS[name](request, **(options or {}))
     if not source.keys:
-        causes = sorted(set(source.dropped.values()))[:3]
+        causes = dict(sorted({why: key for key, why in sorted(source.dropped.items(), reverse=True)}.items())[:3])
+        told = "; ".join(f"{why}, such as {key!r}" for why, key in causes.items())
         raise WlsupError(
-            f"Source {name!r} has no usable pair"
-            + (f" ({'; '.join(causes)})" if causes else "")
-            + ". Check the paths of captions and images."
+            f"Source {name!r} has no usable pair{f' ({told})' if told else ''}. Check the paths of captions and images, "
+            "and that names are whole, with their endings."
         )
     return source

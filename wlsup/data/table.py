@@ -50,8 +50,8 @@ def table_source(
     if request.captions is None:
         raise WlsupError("Source 'table' needs captions: the path of a CSV, TSV or JSON-lines file.")
     table = read_table(request.captions, delimiter=delimiter, header=header, encoding=encoding)
-    images = table.column("source_options.image_column", image_column, IMAGE_COLUMNS)
-    texts = table.column("source_options.caption_column", caption_column, CAPTION_COLUMNS)
+    images = table.column("--data.source_options.image_column", image_column, IMAGE_COLUMNS)
+    texts = table.column("--data.source_options.caption_column", caption_column, CAPTION_COLUMNS)
     if not table.rows:
         raise WlsupError(f"{table.path} has columns ({', '.join(table.columns)}) but no rows.")
     _check_encoding(table, request.max_bad_fraction, encoding)
@@ -128,7 +128,7 @@ def _check_encoding(table: Table, max_bad_fraction: float, encoding: str) -> Non
     if len(bad) > max_bad_fraction * len(table.rows):
         raise WlsupError(
             f"{table.path} is not {encoding}: {len(bad)} of {len(table.rows)} rows have bytes that are not, the first "
-            f"in line {bad[0]}. Set source_options.encoding (latin-1 and cp1252 are common), or convert the file."
+            f"in line {bad[0]}. Set --data.source_options.encoding (latin-1 and cp1252 are common), or convert the file."
         )
 
 
