@@ -78,8 +78,8 @@ Later recipes and options override earlier ones; a YAML key `a: {{b: 1}}` is the
   --seed_everything N           seed of everything (0)
   --preset NAME                 a label for the run's folder (mini)
   --runs DIR                    where runs go: DIR/<approach>/<preset>/seed<k>/<time>/ (runs)
-  --resume CKPT|auto            go on from a checkpoint of the same approach and base model; auto, with -c RUN/config.yaml and
-                                --run_dir RUN: from that run's newest
+  --resume CKPT|auto            go on from a checkpoint of the same approach and base model; auto, with
+                                -c RUN/config.yaml --run_dir RUN: from that run's newest
   --data.source NAME            mini | table | coco | conceptual_captions | imagenet_captions |
                                 imagenet_class_names | shards
   --data.captions FILE          of table: CSV, TSV or JSONL of picture and caption; else the file as published

@@ -247,7 +247,7 @@ def load_source(name: str, request: SourceRequest, options: Mapping[str, Any] | 
         causes = dict(sorted({why: key for key, why in sorted(source.dropped.items(), reverse=True)}.items())[:3])
         told = "; ".join(f"{why}, such as {key!r}" for why, key in causes.items())
         raise WlsupError(
-            f"Source {name!r} has no usable pair{f' ({told})' if told else ''}. Check the paths of captions and images, "
-            "and that names are whole, with their endings."
+            f"Source {name!r} has no usable pair{f' ({told})' if told else ''}. Check the paths of captions and "
+            "images, and that names are whole, with their endings."
         )
     return source

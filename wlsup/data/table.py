@@ -128,7 +128,7 @@ def _check_encoding(table: Table, max_bad_fraction: float, encoding: str) -> Non
     if len(bad) > max_bad_fraction * len(table.rows):
         raise WlsupError(
             f"{table.path} is not {encoding}: {len(bad)} of {len(table.rows)} rows have bytes that are not, the first "
-            f"in line {bad[0]}. Set --data.source_options.encoding (latin-1 and cp1252 are common), or convert the file."
+            f"in line {bad[0]}. Set --data.source_options.encoding (latin-1, cp1252 are common), or convert the file."
         )
 
 
