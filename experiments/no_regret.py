@@ -1,4 +1,4 @@
-"""Is there a setting that gains away from home and loses at most half a point there? Not run as a whole yet.
+"""Is there a setting that gains away from home and loses at most half a point there? docs/no-regret.md has the answers.
 
     python experiments/no_regret.py [--jobs 2]                                # over the mini sets
     python experiments/no_regret.py --world real --encoder DIR --text DIR     # over the pictures of ../shared/data

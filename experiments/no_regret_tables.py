@@ -90,29 +90,38 @@ def _pair(value: Sequence[float]) -> str:
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Draw each candidate's line on validation pictures, from alpha 0 to 1, and the test of the chosen one."""
+    """Draw each candidate's line on validation pictures, from alpha 0 to 1, and the test of the chosen one.
+
+    Twice: whole, and what lies near the margin.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5.5))
-    for number, row in enumerate(record["candidates"]):
-        line = [[100 * mean for mean, _ in row[domain]] for domain in ("in", "out")]
-        style = ("-", "--", ":", "-.")[number // 10 % 4]
-        axes.plot(*line, style, marker=".", markersize=4, linewidth=1, label=row["name"])
+    figure, both = plt.subplots(1, 2, figsize=(11, 6))
     test = record["test"]
     spread = [[100 * (test[d]["mean"] - test[d]["ci95"][0])] for d in ("in", "out")]
-    axes.errorbar(
-        100 * test["in"]["mean"], 100 * test["out"]["mean"], xerr=spread[0], yerr=spread[1], fmt="k*", markersize=12,
-        capsize=3, label="chosen, on test pictures",
-    )  # fmt: skip
-    axes.axvline(100 * record["margin"], color="grey", linewidth=0.8)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xlabel("change in domain, points of k-NN accuracy")
-    axes.set_ylabel("change out of domain, points")
-    axes.set_title(f"WiSE-FT's lines from the pretrained encoder (0, 0), {record['world']} world, validation pictures")
-    axes.legend(fontsize=7, ncols=2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    for axes in both:
+        for number, row in enumerate(record["candidates"]):
+            line = [[100 * mean for mean, _ in row[domain]] for domain in ("in", "out")]
+            style = ("-", "--", ":", "-.")[number // 10 % 4]
+            axes.plot(*line, style, marker=".", markersize=4, linewidth=1, label=row["name"])
+        axes.errorbar(
+            100 * test["in"]["mean"], 100 * test["out"]["mean"], xerr=spread[0], yerr=spread[1], fmt="k*",
+            markersize=9, capsize=3, label="chosen, on test pictures", zorder=5,
+        )  # fmt: skip
+        axes.axvline(100 * record["margin"], color="grey", linewidth=0.8)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_xlabel("change in domain, points of k-NN accuracy")
+    near = 3 * abs(100 * record["margin"])
+    both[1].set_xlim(-near, near / 2)
+    both[1].set_ylim(-near / 2, near / 2)
+    both[1].set_title("near the margin (vertical line)", fontsize=9)
+    both[0].set_ylabel("change out of domain, points")
+    figure.suptitle(f"WiSE-FT's lines from the pretrained encoder (0, 0), {record['world']} world, validation pictures")
+    names = both[0].get_legend_handles_labels()
+    figure.legend(*names, fontsize=8, ncols=4, loc="lower center", frameon=False)
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    figure.savefig(path, dpi=110)
     plt.close(figure)
