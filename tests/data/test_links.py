@@ -251,7 +251,7 @@ def wait_for(condition, seconds=15.0):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_where_it_was(server, tmp_path, monkeypatch, how):
     monkeypatch.setattr(links, "_COMMIT_EVERY", 0.1)
-    server.delay = 0.05
+    server.delay = 0.15  # long enough to be killed in between on a busy machine
     urls = [server.serve(f"/{i}.jpg", noise_jpeg(i)) for i in range(40)]
     tsv = write_tsv(tmp_path / "x.tsv", urls)
     process = fetch_in_process(tmp_path, tsv)
