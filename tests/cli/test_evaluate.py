@@ -1,6 +1,7 @@
 """`wlsup evaluate`, and the callback that makes the same file: one small run, judged by all there is."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from PIL import Image
 
 from tests.cli.conftest import few, fit
 from wlsup.batch import ImageSpec
-from wlsup.cli import main
+from wlsup.cli import evaluate, main
 from wlsup.cli.configuration import load_run
 from wlsup.data.mini_evalsets import mini_eval_set
-from wlsup.evaluation.judgement import METRICS
+from wlsup.evaluation.judgement import METRICS, MetricSpec
 
 FIT = [
     "fit", "-c", "experiments/base.yaml", "-c", "experiments/film.yaml", "--data.pairs", "64",
@@ -198,7 +199,6 @@ def test_a_look_at_a_part_leaves_the_runs_file_as_it_is(run, by_command, capsys)
     for choice, lost in (
         (["--metrics", "drift,classes"], "metrics probe, few_shot, calibration, zero_shot, retrieval"),
         (["--metrics", "classes", "--sets", "mini_shapes"], "sets mini_digits and metrics probe"),
-        (["--shots", "2"], "shots 1, 5:"),
     ):
         assert main(["evaluate", str(run), *choice]) == 0
         captured = capsys.readouterr()
@@ -207,6 +207,14 @@ def test_a_look_at_a_part_leaves_the_runs_file_as_it_is(run, by_command, capsys)
         assert "--out DIR" in captured.err
         assert files_of(run) == before
     (run / "classes" / "mini_digits" / "mine.png").unlink()
+
+
+@pytest.mark.parametrize(("shots", "kept"), [((2,), False), ((1, 5), True), ((1, 2, 5), True), (None, True)])
+def test_other_shots_do_not_take_the_place_of_the_runs(shots, kept, run, by_callback):
+    assert by_callback["shots"] == [1, 5]
+    options = SimpleNamespace(out=None, sets=None, metrics=None, shots=shots and str(shots))
+    place = evaluate._out(run, MetricSpec(METRICS, shots or (1, 5)), ["mini_digits"], options)
+    assert place == (run if kept else None)
 
 
 @pytest.mark.slow
