@@ -193,10 +193,8 @@ def _write(module: Approach, folder: Path, place: Path, alpha: float, options: a
     if options.form == "language":
         return _write_language(module, place, alpha)
     # Read first: what is damaged is told before anything is written.
-    results, curve = (
-        read_json(folder / name) if needed and (folder / name).is_file() else {}
-        for name, needed in (("results.json", True), ("wise_ft.json", alpha != 1))
-    )
+    results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
+    curve = read_json(folder / "wise_ft.json") if alpha != 1 and (folder / "wise_ft.json").is_file() else {}
     if options.form == "adapter":
         kind, what = "adapter", _write_adapter(module, folder, place, alpha)
         difference = None
@@ -214,13 +212,7 @@ def _write(module: Approach, folder: Path, place: Path, alpha: float, options: a
     }
     if kind == "program":
         write_json(place / "config.json", {"format": "wlsup-program", **said})
-    card = model_card(
-        said,
-        place.name,
-        results,
-        curve,
-        options.licence,
-    )
+    card = model_card(said, place.name, results, curve, options.licence)
     write_text(place / "README.md", card)
     return {**said, "files": sorted(path.name for path in place.iterdir())}
 

@@ -219,12 +219,10 @@ def size(job: Job) -> Model:
         adapter, mlp = wide**2 / 2, 8 * wide**2  # at each MLP, factor 4
         if job.approach == "magma":
             trained += deep * adapter
-        elif not job.experts:
-            pass  # a map in front of it, counted above
-        elif job.mixture == "adapters":  # each of a k-th of the channels, so that a token meets one adapter's worth
+        elif job.experts and job.mixture == "adapters":  # each of a k-th of the channels, so that a token meets one adapter's worth
             layers = deep
             experts = trained_experts = job.experts * layers * adapter / job.k
-        else:
+        elif job.experts:
             layers = deep // 2
             experts, trained_experts = (job.experts - 1) * layers * mlp, job.experts * layers * mlp
             dense = 6 * layers * mlp * positions  # forward, and backward to inputs and weights
