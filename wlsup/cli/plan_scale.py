@@ -219,10 +219,8 @@ def size(job: Job) -> Model:
         adapter, mlp = wide**2 / 2, 8 * wide**2  # at each MLP, factor 4
         if job.approach == "magma":
             trained += deep * adapter
-        elif (
-            job.experts and job.mixture == "adapters"
-        ):  # each of a k-th of the channels, so that a token meets one adapter's worth
-            layers = deep
+        elif job.experts and job.mixture == "adapters":
+            layers = deep  # each of a k-th of the channels, so that a token meets one adapter's worth
             experts = trained_experts = job.experts * layers * adapter / job.k
         elif job.experts:
             layers = deep // 2
