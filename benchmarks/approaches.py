@@ -1,6 +1,6 @@
 """What a training step of each approach costs: pictures a second, and the memory its activations take at the peak.
 
-Run:  python benchmarks/approaches.py [--json] [--quick] [--only NAME ...] [--precision bf16] [--encoder B]
+Run:  python benchmarks/approaches.py [--json] [--quick] [--only NAME ...] [--precision bf16] [--encoder B|L]
 
 ViT-S/16 at 224 with fresh weights (a step costs the same whatever they are), fp32, on one thread or the first GPU. Each
 approach runs in a fresh process (on a GPU, whose memory is counted apart, all in this one): one step to warm up, then
@@ -45,7 +45,7 @@ from wlsup.models.vision import VisionSpec
 from wlsup.optim import build_optimizer
 
 SIZE = 224
-ENCODERS = {"S": (384, 6), "B": (768, 12)}  # width, heads
+ENCODERS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, depth, heads
 PRECISIONS = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}  # autocast's
 CAPTIONS = ("a red square left of a blue circle", "two green stars on sand", "a small ring above the water")
 PEER = "peft LoRA on timm"
@@ -103,8 +103,8 @@ class PeakMemory:
 def settings_for(name: str, encoder: str) -> dict[str, Any]:
     """The benchmark's encoder, and the contrastive branch alone where there is a choice."""
     parameters = inspect.signature(approach_class(name).__init__).parameters
-    width, heads = ENCODERS[encoder]
-    architecture = f"vit(img_size={SIZE},patch_size=16,embed_dim={width},depth=12,num_heads={heads})"
+    width, depth, heads = ENCODERS[encoder]
+    architecture = f"vit(img_size={SIZE},patch_size=16,embed_dim={width},depth={depth},num_heads={heads})"
     settings: dict[str, Any] = {"encoder": VisionSpec(architecture=architecture, pretrained=False)}
     objective = parameters.get("objective")
     if objective is not None and hasattr(objective.default, "reconstruction_weight"):
@@ -152,8 +152,8 @@ def peer_steps(batch: int, device: torch.device, encoder: str) -> tuple[Callable
     import peft
     import timm
 
-    model_name = {"S": "vit_small_patch16_224", "B": "vit_base_patch16_224"}[encoder]
-    vit = timm.create_model(model_name, pretrained=False, num_classes=0)
+    size = {"S": "small", "B": "base", "L": "large"}[encoder]
+    vit = timm.create_model(f"vit_{size}_patch16_224", pretrained=False, num_classes=0)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=r"blocks\..*\.(qkv|proj|fc1|fc2)")
     model = peft.get_peft_model(vit, config).to(device).train()
     head = torch.nn.Linear(vit.num_features, 128, bias=False).to(device)
@@ -240,7 +240,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows, beside full")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step (default: 16)")
     parser.add_argument("--steps", type=int, help="timed steps a row (default: 3; 1 with --quick)")
-    parser.add_argument("--encoder", choices=ENCODERS, default="S", help="ViT-S/16 (default) or ViT-B/16")
+    parser.add_argument("--encoder", choices=ENCODERS, default="S", help="ViT-S/16 (default), B/16 or L/16")
     parser.add_argument("--precision", choices=PRECISIONS, default="32", help="of autocast (default: 32, none)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--only-time", action="store_true", help=argparse.SUPPRESS)

@@ -121,7 +121,9 @@ def test_any_place_on_the_curve_is_the_curves_own(curve_run, tmp_path, capsys):
         scored = json.loads(capsys.readouterr().out)["knn"]
         for name, entry in curve["sets"].items():
             assert scored[name]["accuracy"]["20"] == entry["accuracy"][position]
-        assert f"alpha {alpha:g}" in (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text()
+        assert f"alpha {alpha:g}" in card
+        assert ("from before it was taught" in card) == ("is not in these weights" in card) == (alpha == 0)
     assert main(["export", str(curve_run), "--alpha", "chosen", "-o", str(tmp_path / "chosen"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["alpha"] == curve["chosen_alpha"]
 

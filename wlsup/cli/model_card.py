@@ -58,7 +58,8 @@ def model_card(
     """
     base, image, alpha = export["bases"]["encoder"], export["image"], export["alpha"]
     size, table, lost = image["size"], *_scores(results, curve, alpha)
-    title = f"{base['id']} taught with captions: {export['approach']}"
+    taught = f"taught with captions: {export['approach']}"
+    title = f"{base['id']} {taught}" if alpha else f"{base['id']} from before it was {taught}"
     place = f"WiSE-FT alpha {alpha:g}: (1 - {alpha:g}) pretrained + {alpha:g} fine-tuned. " if alpha != 1 else ""
     captions = results.get("captions", {})
     sections = {
@@ -76,7 +77,7 @@ def model_card(
                 else ["The command `wlsup knn " + folder + "` scores it."]
             ),
         ],
-        "What it was taught with": [
+        "What it was taught with" if alpha else "What taught the run, and is not in these weights": [
             f"* base model: `{base['id']}`, sha256 `{base['sha256']}`",
             *(f"* {role}: `{b['id']}`, sha256 `{b['sha256']}`" for role, b in export["bases"].items() if b is not base),
             f"* captions: source `{captions.get('source', 'unknown')}`, {captions.get('pairs', 'unknown')} pictures, "

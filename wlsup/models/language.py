@@ -167,7 +167,7 @@ class LanguageModel(nn.Module):
         hidden = body(
             inputs_embeds=embeddings.to(head.weight.dtype), attention_mask=mask.to(torch.int64), use_cache=False
         )[0]
-        return head(hidden[:, -keep:]).float()
+        return head(hidden[:, -keep:].contiguous()).float()  # of a view it would be a product a sample
 
     @torch.no_grad()
     def generate(self, embeddings: Tensor, spec: GenerationSpec, mask: Tensor | None = None) -> list[str]:
