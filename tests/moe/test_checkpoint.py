@@ -116,6 +116,17 @@ class TestLanguage:
         assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
     @torch.no_grad()
+    def test_of_a_base_in_half_precision_no_bit_is_lost(self, tmp_path):
+        family_folder("llama", tmp_path)
+        make("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+        language = LanguageModel(LanguageSpec(weights=str(tmp_path), max_length=16))
+        trained(upcycle(language, [1], MoESpec(experts=2, k=1), seed=0))
+        again = load_moe(save_moe(language, tmp_path / "moe")).state_dict()
+        for name, tensor in language.state_dict().items():
+            assert again[name].dtype == tensor.dtype
+            assert torch.equal(again[name], tensor)
+
+    @torch.no_grad()
     def test_the_mini_model_says_the_same_and_tied_tensors_are_written_once(self, tmp_path):
         language = LanguageModel(LanguageSpec(max_length=20))
         trained(upcycle(language, [3], MoESpec(experts=2), seed=0))
@@ -141,6 +152,24 @@ class TestLanguage:
         (again,) = moe_layers(load_moe(save_moe(language, tmp_path / "moe"))).values()
         assert torch.equal(again.router.table, layer.router.table)
         assert again.token_ids.positions == 3
+
+    @pytest.mark.parametrize("positions", [0, 1, 4])
+    @torch.no_grad()
+    def test_loaded_a_hash_finds_its_ids_in_every_generation(self, positions, tmp_path):
+        language = LanguageModel(LanguageSpec())
+        token_ids = TokenIds(language.vocabulary, positions)
+        upcycle(language, [1], MoESpec(experts=4, router="hash"), token_ids=token_ids)
+        again = load_moe(save_moe(language, tmp_path / "moe"))
+        (layer,) = moe_layers(again).values()
+        routed = []
+        layer.router.register_forward_pre_hook(lambda router, inputs: routed.append(inputs[0]))
+        first = list(range(again.vocabulary, again.vocabulary + positions)) or [7, 7]
+        for _ in range(2):  # what the first one was fed last is not the second one's
+            routed.clear()
+            front = torch.randn(2, positions, again.width) if positions else again.embed(torch.full((2, 2), 7))
+            again.generate(front, GenerationSpec(max_tokens=4))
+            assert routed[0].tolist() == [first, first]
+            assert all(step.shape == (2, 1) and step.max() < again.vocabulary for step in routed[1:])
 
     @torch.no_grad()
     def test_untrained_the_dense_model_comes_back_for_transformers(self, tmp_path):

@@ -19,8 +19,8 @@ from wlsup.models.language import LanguageModel, LanguageSpec, fuse_gelu
 from wlsup.models.saving import save_vision
 from wlsup.models.vision import VisionEncoder
 from wlsup.models.weights import read_json, read_weights, tensors_sha256, write_folder
+from wlsup.moe.prefix_ids import PrefixTokenIds
 from wlsup.moe.spec import MoESpec
-from wlsup.moe.token_ids import TokenIds
 from wlsup.moe.upcycle import moe_layers, restore, upcycle
 
 __all__ = ["FORMAT", "MoELanguageModel", "load_moe", "read_expert", "save_dense", "save_moe"]
@@ -120,7 +120,7 @@ def load_moe(folder: str | Path) -> VisionEncoder | MoELanguageModel:
     model = _vision(config) if config["kind"] == "vision" else _language(config, folder)
     spec, token_ids, frequencies = MoESpec(**config["spec"]), None, None
     if spec.router == "hash":
-        token_ids = TokenIds(model.vocabulary, config["prefix"])
+        token_ids = PrefixTokenIds(model.vocabulary, config["prefix"])
         frequencies = torch.ones(token_ids.rows)  # the table itself is in the file
     chosen = [_place(name)[0] for name in config["layers"]]
     upcycle(model, chosen, spec, exact=False, token_ids=token_ids, frequencies=frequencies)
@@ -241,8 +241,9 @@ def _vision(config: dict[str, Any]) -> VisionEncoder:
 def _language(config: dict[str, Any], folder: Path) -> MoELanguageModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dense = dict(config["dense"])
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(dense.pop("model_type"), **dense))
+    # A base in half precision says so there; experts train in fp32, and so it was computed with.
+    dense = {name: value for name, value in config["dense"].items() if name not in ("dtype", "torch_dtype")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(dense.pop("model_type"), **dense)).float()
     fuse_gelu(model)
     return MoELanguageModel(model, folder, dict(config["base"]), config.get("max_length", LanguageSpec.max_length))
 

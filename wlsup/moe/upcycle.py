@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wlsup.errors import WlsupError
 from wlsup.moe.context import SequenceContext
 from wlsup.moe.layer import MoE
+from wlsup.moe.prefix_ids import PrefixTokenIds
 from wlsup.moe.sites import LooseMLP, Site, blocks_of, choose_blocks, language_model_of, sites_of
 from wlsup.moe.spec import MoESpec
 from wlsup.moe.token_ids import TokenIds
@@ -95,6 +96,8 @@ def restore(module: nn.Module) -> nn.Module:
         for token_ids in {id(layer.token_ids): layer.token_ids for layer in found.values()}.values():
             if token_ids is not None:
                 token_ids.unwatch()
+            if isinstance(token_ids, PrefixTokenIds):
+                token_ids.unfollow()
     for name, layer in found.items():
         *_, index, attribute = name.split(".")
         block, dense = there[int(index)], layer.experts[0]
@@ -256,7 +259,7 @@ def _token_ids(module: nn.Module, spec: MoESpec, given: TokenIds | None) -> Toke
     model = language_model_of(module)
     if spec.router != "hash" or model is None:
         return given
-    return given or TokenIds(model.get_input_embeddings().weight.shape[0])
+    return given or PrefixTokenIds(model.get_input_embeddings().weight.shape[0])
 
 
 def _layers(
@@ -305,6 +308,9 @@ def _surround(
     if token_ids is not None:
         token_ids.watch(model.get_input_embeddings())
         undo.append(token_ids.unwatch)
+    if isinstance(token_ids, PrefixTokenIds) and not token_ids.following:
+        token_ids.follow(model)
+        undo.append(token_ids.unfollow)
     return undo
 
 
