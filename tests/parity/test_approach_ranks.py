@@ -22,6 +22,7 @@ from wlsup.models.prefix import PrefixSpec
 from wlsup.moe import MoESpec
 from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec
+from wlsup.reprogramming.conditioner import ReprogrammerSpec
 from wlsup.sharding import has_shards, leave_alone, shard
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
@@ -35,6 +36,8 @@ CASES = {name: (name, {}) for name in APPROACHES} | {
     "film, siglip, masked": ("film", {"objective": ObjectiveSpec(contrastive="siglip", contrastive_view="masked")}),
     "film, in micro-batches": ("film", {"objective": ObjectiveSpec(micro_batch=3)}),
     "full, regularised": ("full", {"regularizer": RegularizerSpec(distill=1.0, l2sp=0.1)}),
+    "token_replay, reprogrammed": ("token_replay", {"reprogrammer": ReprogrammerSpec()}),
+    "token_replay, warm-up": ("token_replay", {"reprogrammer": ReprogrammerSpec(warmup_batches=1)}),
     "selective_k, rgn": ("selective_k", {"criterion": "rgn", "k": 2}),
     "selective_k, fisher": ("selective_k", {"criterion": "fisher", "k": 2}),
     "magma_moe": ("magma_moe", {"moe": MoESpec(**MOE)}),

@@ -7,10 +7,13 @@ import torch
 
 from wlsup.approaches.token_replay import TokenReplayApproach
 from wlsup.batch import CaptionBatch
+from wlsup.callbacks.guards import Guards
 from wlsup.data.mini import mini_captions, normalised
 from wlsup.errors import WlsupError
 from wlsup.models.text import TextEncoder, TextSpec
 from wlsup.models.vision import VisionSpec, build_vision
+from wlsup.objectives.contrastive import CLIP_LOGIT_SCALE, info_nce
+from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import build_optimizer
 from wlsup.reprogramming.conditioner import CaptionReprogrammer, FiniteGuard, ReprogrammerSpec
 
@@ -59,6 +62,34 @@ def test_the_warm_up_trains_the_reprogrammer_alone_and_then_all_train():
     assert [("warm_up" in names) for names in seen] == [True, False, False]
 
 
+def test_in_the_warm_up_every_tensor_gets_a_gradient_and_no_regulariser_or_decay_moves_the_adapters(caplog):
+    approach = TokenReplayApproach(
+        reprogrammer=ReprogrammerSpec(warmup_batches=3), regularizer=RegularizerSpec(distill=1.0), weight_decay=0.1
+    )
+    approach.setup("fit")
+    with torch.no_grad():  # off the identity, where distillation has a gradient
+        for site in approach.adapter.replay_sites:
+            site.g.fill_(0.1)
+    groups = approach.plan.parameter_groups(approach)
+    before, optimizer = copy.deepcopy(approach.state_dict()), build_optimizer(approach.optimizer_spec, groups)
+    for step in range(4):
+        approach.train()
+        optimizer.zero_grad()
+        losses = approach.training_losses(batch())
+        losses["loss"].backward()
+        if step < 3:
+            assert losses["loss"] == losses["warm_up"]
+            trained = [parameter for group in groups for parameter in group["params"]]
+            assert all(parameter.grad is not None for parameter in trained)  # or DistributedDataParallel would wait
+            Guards().on_after_backward(None, approach)
+            assert not caplog.text
+        approach.on_after_backward()
+        optimizer.step()
+        moved = {name.split(".")[0] for name, t in approach.state_dict().items() if not torch.equal(t, before[name])}
+        assert moved == ({"reprogrammer"} if step < 3 else {"reprogrammer", "adapter", "head"})
+    assert "distill" in losses
+
+
 def test_the_warm_up_learns_to_match_captions_with_their_pictures():
     encoder = build_vision(VisionSpec()).eval().requires_grad_(False)
     reprogrammer = CaptionReprogrammer(encoder, ReprogrammerSpec(match="none", warmup_batches=30))
@@ -68,7 +99,8 @@ def test_the_warm_up_learns_to_match_captions_with_their_pictures():
     losses = []
     for _ in range(25):
         optimizer.zero_grad()
-        loss = reprogrammer.warm_up(encoder, images, captions)["loss"]
+        image, text = reprogrammer.warm_up(encoder, images, captions)
+        loss = info_nce(image, text, torch.tensor(CLIP_LOGIT_SCALE))
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

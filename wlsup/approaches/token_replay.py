@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from wlsup.adapters.token_replay import TokenReplay
 from wlsup.approaches.base import Approach
@@ -13,6 +15,7 @@ from wlsup.batch import CaptionBatch
 from wlsup.models.mae import DecoderSpec
 from wlsup.models.text import TextSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec
+from wlsup.objectives.contrastive import CLIP_LOGIT_SCALE, info_nce
 from wlsup.objectives.regularizers import RegularizerSpec, without_adapters
 from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
@@ -98,6 +101,7 @@ class TokenReplayApproach(Approach):
         ).attach(self.encoder)
         wanted = not self.mae.decoder_pretrained if train_decoder is None else train_decoder
         self.train_decoder = wanted and bool(objective.reconstruction_weight)
+        self._waiting: list[Parameter] = []
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -133,11 +137,30 @@ class TokenReplayApproach(Approach):
             return two_branch_losses(self.mae, self.head, batch.images, captions, self.objective, keys=batch.keys)
         self.reprogrammer.calibrate(self.encoder, batch.images)
         if self.training and self.reprogrammer.warming:
-            plain = without_adapters(self.encoder)
-            return self.reprogrammer.guard(self.reprogrammer.warm_up(plain, batch.images, batch.captions))
+            image, text = self.reprogrammer.warm_up(without_adapters(self.encoder), batch.images, batch.captions)
+            loss = info_nce(image, text, torch.tensor(CLIP_LOGIT_SCALE, device=image.device), keys=batch.keys)
+            return self.reprogrammer.guard({"loss": loss, "warm_up": loss})
         captions = self.reprogrammer(batch.captions, captions)
         losses = two_branch_losses(self.mae, self.head, batch.images, captions, self.objective, keys=batch.keys)
         return self.reprogrammer.guard(losses) if self.training else losses
+
+    def training_losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
+        """Return `losses` with the regulariser's terms added, which hold nothing yet while the reprogrammer warms up.
+
+        Meanwhile the loss reaches all that trains, times 0: the other processes wait for every tensor's gradient.
+        """
+        if self.reprogrammer is None or not self.reprogrammer.warming:
+            return super().training_losses(batch)
+        trained = [one for one in self.plan.resolve(self) if one.rule.trains]
+        self._waiting = [one.parameter for one in trained if not one.name.startswith("reprogrammer.")]
+        losses = self.losses(batch)
+        return {**losses, "loss": losses["loss"] + 0 * sum(parameter.sum() for parameter in self._waiting)}
+
+    def on_after_backward(self) -> None:
+        """Take away the gradients of what waits for the warm-up: 0 as they are, weights decay with them."""
+        for parameter in self._waiting:
+            parameter.grad = None
+        self._waiting = []
 
     def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """(B, E) pictures, under the null condition, and (B, E) captions."""

@@ -26,8 +26,6 @@ from wlsup.reprogramming.cross_modal import TokenProgram, encode_tokens
 
 __all__ = ["CaptionReprogrammer", "FiniteGuard", "ReprogrammerSpec"]
 
-_WARM_UP_SCALE = 1 / 0.07  # CLIP's initial logit scale
-
 
 @dataclass(frozen=True)
 class ReprogrammerSpec:
@@ -36,7 +34,8 @@ class ReprogrammerSpec:
     Args:
         match: "statistics" gives the tokens mean and deviation of the network's own patch tokens, channel by channel;
             "none" leaves them as they are learned.
-        warmup_batches: train the reprogrammer alone for so many batches, before the adapters begin.
+        warmup_batches: train the reprogrammer alone for so many batches, before the adapters and a regulariser's
+            terms begin.
         skip_nonfinite: stop after so many batches in a row whose loss is not finite; 0: do not look.
         tokenizer: "mini", a hub id or a local folder of a causal language model's tokenizer.
         max_length: captions are cut to this many tokens, and to the number of patches.
@@ -94,7 +93,7 @@ class CaptionReprogrammer(nn.Module):
     """Captions to tokens of a frozen vision network's width, as a `Condition` for adapters.
 
     Source: ours, after Neekhara et al. 2022 (`TokenProgram`). The warm-up is ours too: the caption's tokens, in place
-    of patches, are run through the frozen network without adapters, and its feature is matched to that of the
+    of patches, are run through the frozen network without adapters, for its feature to be matched to that of the
     caption's picture among the batch's (InfoNCE).
 
     Args:
@@ -123,9 +122,9 @@ class CaptionReprogrammer(nn.Module):
         return int(self.program.warmed) < self.spec.warmup_batches
 
     def calibrate(self, encoder: VisionEncoder, images: Tensor) -> None:
-        """Measure, once, the statistics to match on pictures (B, 3, H, W)."""
+        """Measure, once, the statistics to match on pictures (B, 3, H, W) and those of the other processes."""
         if self.spec.match == "statistics" and not self.program.calibrated:
-            self.program.calibrate(encoder, images)
+            self.program.calibrate(encoder, images, over_ranks=True)
 
     def forward(self, captions: Sequence[str], encoded: Condition) -> Condition:
         """Return the condition with its tokens in place of the text encoder's.
@@ -140,20 +139,20 @@ class CaptionReprogrammer(nn.Module):
         tokens = self.tokenizer(list(captions), device=self.program.weight.device)
         return replace(encoded, tokens=self.program(tokens.ids), mask=tokens.mask)
 
-    def warm_up(self, encoder: VisionEncoder, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the losses of one batch of the warm-up, and count it.
+    def warm_up(self, encoder: VisionEncoder, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return what the warm-up matches of one batch, and count it.
 
         Args:
             encoder: the frozen network without adapters, in eval mode.
             images: (B, 3, H, W).
             captions: B strings.
+
+        Returns:
+            (B, D) features of the pictures and (B, D) of the captions, of unit length, in fp32.
         """
         ids = self.tokenizer(list(captions), length=self.patches, device=images.device).ids
-        text = F.normalize(encode_tokens(encoder, self.program(ids)), dim=-1)
+        text = F.normalize(encode_tokens(encoder, self.program(ids)).float(), dim=-1)
         with torch.no_grad():
-            image = F.normalize(encoder.features(images), dim=-1)
-        logits = _WARM_UP_SCALE * text @ image.T
-        own = torch.arange(len(logits), device=logits.device)
-        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+            image = F.normalize(encoder.features(images).float(), dim=-1)
         self.program.warmed += 1
-        return {"loss": loss, "warm_up": loss}
+        return image, text

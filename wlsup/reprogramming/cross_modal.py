@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wlsup.batch import ImageSpec
 from wlsup.errors import WlsupError, choose
 from wlsup.models.vision import VisionEncoder
+from wlsup.ranks import global_sum
 from wlsup.reprogramming.pixels import Pixels
 
 __all__ = ["PatchProgram", "TextProgramSpec", "TokenProgram", "encode_tokens", "open_base_image"]
@@ -143,12 +144,20 @@ class TokenProgram(nn.Module):
         self.register_buffer("calibrated", torch.tensor(False))
 
     @torch.no_grad()
-    def calibrate(self, encoder: VisionEncoder, images: Tensor) -> None:
-        """Measure the network's patch tokens, before positions, on pictures (B, 3, H, W), normalised."""
+    def calibrate(self, encoder: VisionEncoder, images: Tensor, over_ranks: bool = False) -> None:
+        """Measure the network's patch tokens, before positions.
+
+        Args:
+            encoder: the network.
+            images: (B, 3, H, W), normalised.
+            over_ranks: each process brings pictures of its own, and what is measured is of all of them.
+        """
         tokens = encoder.backbone.patch_embed(images)
         tokens = tokens.reshape(-1, tokens.shape[-1]).float()
-        self.mean.copy_(tokens.mean(0))
-        self.std.copy_(tokens.std(0))
+        count = global_sum(tokens.new_tensor(len(tokens)), over_ranks)
+        mean = global_sum(tokens.sum(0), over_ranks) / count
+        self.mean.copy_(mean)
+        self.std.copy_((global_sum((tokens - mean).square().sum(0), over_ranks) / (count - 1)).sqrt())
         self.calibrated.fill_(True)
 
     def forward(self, ids: Tensor) -> Tensor:
