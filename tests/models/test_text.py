@@ -30,6 +30,29 @@ def clip_folder(tmp_path):
     return tmp_path
 
 
+def siglip_folder(place, kind, whole=False, **text):
+    """A small SigLIP of random weights with the mini tokenizer, and what transformers says of it when it is saved."""
+    if not hasattr(transformers, f"{kind}TextModel"):
+        pytest.skip(f"this transformers has no {kind}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINI_TEXT)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32, **text,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    if whole:
+        vision = {**sizes, "image_size": 32, "patch_size": 16}
+        config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+        model = getattr(transformers, f"{kind}Model")(config)
+    else:
+        model = getattr(transformers, f"{kind}TextModel")(getattr(transformers, f"{kind}TextConfig")(**text))
+    model.eval().save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)  # it may pad on another side now
+    read = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        return getattr(model, "text_model", model)(input_ids=read["input_ids"])
+
+
 def test_shapes_and_all_present(text):
     condition = text(CAPTIONS)
     count, length, width = condition.tokens.shape
@@ -68,6 +91,50 @@ def test_a_model_trained_to_give_a_pooled_output_gives_its_own(clip_folder):
     assert not torch.equal(
         TextEncoder(TextSpec(weights=str(clip_folder), pooling="mean"))(CAPTIONS[:1]).pooled, expected
     )
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["text alone", "whole model"])
+@pytest.mark.parametrize("kind", ["Siglip", "Siglip2"])
+def test_siglip_reads_captions_padded_to_all_its_positions_as_it_was_trained(kind, whole, tmp_path):
+    wanted = siglip_folder(tmp_path, kind, whole)
+    text = TextEncoder(TextSpec(weights=str(tmp_path)))
+    read = text(CAPTIONS)
+    assert torch.allclose(read.pooled, wanted.pooler_output, atol=1e-6)
+    assert torch.allclose(read.tokens, wanted.last_hidden_state, atol=1e-6)
+    words = [len(text.tokenizer(caption).input_ids) for caption in CAPTIONS]
+    assert read.mask.sum(1).tolist() == [min(count, 16) for count in words]  # padding is for nobody else to look at
+    assert torch.allclose(text(CAPTIONS[:1]).pooled[0], read.pooled[0], atol=1e-6)
+    cut = TextEncoder(TextSpec(weights=str(tmp_path), max_length=9))(CAPTIONS)
+    assert torch.allclose(cut.pooled[0], read.pooled[0], atol=1e-6)
+    assert cut.mask.sum(1).tolist() == [min(count, 9) for count in words]
+
+
+def test_siglip_padded_on_the_left_is_read_so(tmp_path):
+    siglip_folder(tmp_path, "Siglip")
+    text = TextEncoder(TextSpec(weights=str(tmp_path)))
+    text.tokenizer.padding_side = "left"
+    read = text.tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        wanted = text.model(input_ids=read["input_ids"]).pooler_output
+    assert torch.allclose(text(CAPTIONS).pooled, wanted, atol=1e-6)
+    assert torch.equal(text(CAPTIONS).mask, read["attention_mask"].bool())
+
+
+def test_pooled_outputs_that_are_wider_than_tokens_are_refused_with_their_cure(tmp_path):
+    siglip_folder(tmp_path, "Siglip", projection_size=48)
+    with pytest.raises(WlsupError, match="48 channels.*text.pooling mean"):
+        TextEncoder(TextSpec(weights=str(tmp_path)))
+    assert TextEncoder(TextSpec(weights=str(tmp_path), pooling="mean"))(CAPTIONS).pooled.shape == (3, 32)
+
+
+def test_a_tokenizer_that_needs_a_package_says_which(tmp_path, monkeypatch):
+    def lacking(place):
+        raise ImportError("\nSiglipTokenizer requires the SentencePiece library")
+
+    siglip_folder(tmp_path, "Siglip")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lacking)
+    with pytest.raises(WlsupError, match="pip install sentencepiece.*SiglipTokenizer requires"):
+        TextEncoder(TextSpec(weights=str(tmp_path)))
 
 
 def test_captions_are_cut_to_the_shorter_of_the_two_limits(text, clip_folder):
