@@ -11,6 +11,7 @@ from wlsup.approaches import approach_class
 from wlsup.batch import CaptionBatch
 from wlsup.errors import WlsupError
 from wlsup.objectives.micro_batches import in_micro_batches
+from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.objectives.two_branch import ObjectiveSpec
 
 NAMES = ("full", "film", "bottleneck", "token_replay", "lst", "lora", "mae_cl", "co_attention", "merged_attention",
@@ -18,10 +19,11 @@ NAMES = ("full", "film", "bottleneck", "token_replay", "lst", "lora", "mae_cl", 
 CAPTIONS = ["a red star", "two small blue circles on sand", "rain", "a green ring above a box", "snow"]
 
 
-def made(name, micro_batch, **objective):
+def made(name, micro_batch, regularizer=RegularizerSpec(), **objective):
     torch.manual_seed(0)
     default = signature(approach_class(name).__init__).parameters["objective"].default
-    approach = approach_class(name)(objective=replace(default, micro_batch=micro_batch, **objective))
+    objective = replace(default, micro_batch=micro_batch, **objective)
+    approach = approach_class(name)(objective=objective, regularizer=regularizer)
     approach.setup("fit")
     approach.train()
     torch.manual_seed(1)
@@ -34,14 +36,14 @@ def made(name, micro_batch, **objective):
 
 def batch():
     generator = torch.Generator().manual_seed(2)
-    images = torch.randn(len(CAPTIONS), 3, 64, 64, generator=generator)
-    return CaptionBatch(images, CAPTIONS, [str(i) for i in range(len(CAPTIONS))])
+    images, replay = torch.randn(2, len(CAPTIONS), 3, 64, 64, generator=generator)
+    return CaptionBatch(images, CAPTIONS, [str(i) for i in range(len(CAPTIONS))], replay=replay)
 
 
-def step(name, micro_batch, **objective):
-    approach = made(name, micro_batch, **objective)
+def step(name, micro_batch, **options):
+    approach = made(name, micro_batch, **options)
     torch.manual_seed(3)
-    losses = approach.losses(batch())
+    losses = approach.training_losses(batch())
     losses["loss"].backward()
     return losses, {n: p.grad for n, p in approach.named_parameters() if p.requires_grad}
 
@@ -71,6 +73,12 @@ def test_so_they_are_with_other_views_and_losses(objective):
     assert_alike(step("film", None, **objective), step("film", 2, **objective))
 
 
+@pytest.mark.parametrize("name", ["full", "film"])
+def test_so_they_are_where_a_regularizer_holds_the_features(name):
+    held = RegularizerSpec(distill=2.0, replay=3.0)
+    assert_alike(step(name, None, regularizer=held), step(name, 2, regularizer=held))
+
+
 def test_what_layers_draw_is_drawn_again_for_the_gradient():
     x = torch.ones(8, 50, requires_grad=True)
     y = in_micro_batches(lambda rows: F.dropout(x[rows], 0.5), 8, 3)
@@ -80,9 +88,9 @@ def test_what_layers_draw_is_drawn_again_for_the_gradient():
     assert 0 < (y == 0).sum() < y.numel()
 
 
-def kept_bytes(micro_batch):
+def kept_bytes(micro_batch, **terms):
     """What the graph of a step holds on to."""
-    approach, held = made("full", micro_batch), {}
+    approach, held = made("full", micro_batch, regularizer=RegularizerSpec(**terms)), {}
 
     def note(tensor):
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -90,13 +98,14 @@ def kept_bytes(micro_batch):
 
     weights = {p.untyped_storage().data_ptr() for p in approach.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = approach.losses(batch())["loss"]
+        loss = approach.training_losses(batch())["loss"]
     del loss
     return sum(size for place, size in held.items() if place not in weights)
 
 
-def test_the_graph_keeps_next_to_nothing():
-    assert kept_bytes(1) < 0.05 * kept_bytes(None)
+@pytest.mark.parametrize("terms", [{}, {"distill": 1.0}, {"replay": 1.0}], ids=["alone", "distill", "replay"])
+def test_the_graph_keeps_next_to_nothing(terms):
+    assert kept_bytes(1, **terms) < 0.05 * kept_bytes(None, **terms)
 
 
 def test_without_gradients_parts_are_encoded_too_and_nothing_is_wrapped():

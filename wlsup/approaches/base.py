@@ -22,8 +22,7 @@ __all__ = ["Approach"]
 class Approach(lightning.LightningModule):
     """One way of teaching a vision encoder with captions.
 
-    A subclass builds its parts in ``__init__`` and says what trains in `plan`, what is minimised in `losses`, and, if
-    it compares pictures with captions, how each is embedded in `embed`.
+    A subclass builds its parts and says what trains in `plan`, is minimised in `losses`, and is compared in `embed`.
 
     Args:
         optimizer: which optimizer and schedule; learning rates and weight decays are the plan's.
@@ -109,8 +108,9 @@ class Approach(lightning.LightningModule):
         return self
 
     def training_losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
-        """Return `losses` with the regulariser's terms added."""
-        return self.regularizer.add(self.losses(batch), self.features, batch)
+        """Return `losses` with the regulariser's terms added, in the micro-batches of the objective if it has any."""
+        micro_batch = getattr(getattr(self, "objective", None), "micro_batch", None)
+        return self.regularizer.add(self.losses(batch), self.features, batch, micro_batch)
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         """Return the loss of one batch of pairs and log its parts."""

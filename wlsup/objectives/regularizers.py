@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wlsup.batch import CaptionBatch, FeatureExtractor, ImageBatch
 from wlsup.errors import WlsupError
+from wlsup.objectives.micro_batches import in_micro_batches
 
 __all__ = ["Regularizer", "RegularizerSpec", "cosine_distance", "l2_to_start", "without_adapters"]
 
@@ -158,7 +159,11 @@ class Regularizer:
         return begun
 
     def add(
-        self, losses: dict[str, Tensor], features: Callable[[Tensor], Tensor], batch: CaptionBatch | ImageBatch
+        self,
+        losses: dict[str, Tensor],
+        features: Callable[[Tensor], Tensor],
+        batch: CaptionBatch | ImageBatch,
+        micro_batch: int | None = None,
     ) -> dict[str, Tensor]:
         """Return the losses with each term, unweighted, under its own name, and its share added to "loss".
 
@@ -166,6 +171,7 @@ class Regularizer:
             losses: of the batch; holds "loss".
             features: (B, 3, H, W) -> (B, D), of the encoder that trains.
             batch: its pictures are what "distill" looks at, and its ``replay`` is what "replay" does.
+            micro_batch: encode so many pictures at a time, in their memory (`in_micro_batches`); None: all at once.
 
         Raises:
             WlsupError: replay is asked for and the batch brings no pictures for it, or training has not begun.
@@ -181,7 +187,7 @@ class Regularizer:
             raise WlsupError("The regularizer does not know where training started: call setup('fit') first.")
         terms: dict[str, Tensor] = {}
         if self.spec.distill:
-            terms["distill"] = self._distance(features, batch.images)
+            terms["distill"] = self._distance(features, batch.images, micro_batch)
         if self.spec.l2sp:
             terms["l2sp"] = self._pull(losses["loss"].device)
         if self.spec.replay:
@@ -191,17 +197,18 @@ class Regularizer:
                     f"regularizer.replay is {self.spec.replay:g}, but the batches bring no pictures to replay. Set "
                     "data.replay: mini for generated ones, or a folder or tar of pictures of the pretrained domain."
                 )
-            terms["replay"] = self._distance(features, batch.images if pictures is None else pictures)
+            terms["replay"] = self._distance(features, batch.images if pictures is None else pictures, micro_batch)
         total = losses["loss"] + sum(getattr(self.spec, name) * term for name, term in terms.items())
         return {**losses, **terms, "loss": total}
 
-    def _distance(self, features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def _distance(self, features: Callable[[Tensor], Tensor], images: Tensor, micro_batch: int | None) -> Tensor:
         if self._teacher is None:
             return images.new_zeros((), dtype=torch.float32)
         teacher = self._teacher.to(images.device)
         with torch.no_grad():
-            wanted = teacher.features(images)
-        return cosine_distance(features(images), wanted)
+            wanted = in_micro_batches(lambda rows: teacher.features(images[rows]), len(images), micro_batch)
+        found = in_micro_batches(lambda rows: features(images[rows]), len(images), micro_batch)
+        return cosine_distance(found, wanted)
 
     def _pull(self, device: torch.device) -> Tensor:
         if not self._held:
