@@ -1,5 +1,6 @@
 """selective_k: k = 0 is frozen, k = all is full, the choice is remembered, and the same on every rank."""
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from wlsup.approaches import approach_class
 from wlsup.batch import CaptionBatch
 from wlsup.errors import WlsupError
 from wlsup.objectives.regularizers import RegularizerSpec
+from wlsup.objectives.two_branch import ObjectiveSpec
 
 SelectiveK, Full = approach_class("selective_k"), approach_class("full")
 PREFIX = "mae.encoder.backbone."
@@ -38,8 +40,6 @@ def test_k_0_trains_the_heads_alone_and_k_all_what_full_trains():
     assert {name.split(".")[0] for name in trained(SelectiveK(k=0))} == {"head"}
     every = len(SelectiveK().groups)
     assert rates(SelectiveK(k=every)) == rates(Full())
-    from wlsup.objectives.two_branch import ObjectiveSpec
-
     both = ObjectiveSpec()
     assert rates(SelectiveK(k=every, objective=both)) == rates(Full(objective=both))
 
@@ -70,6 +70,45 @@ def test_gradient_criteria_choose_from_batches_and_leave_the_model_as_it_was(cri
     again.head.load_state_dict(approach.head.state_dict())
     assert again.select(batches()) == approach.chosen
     assert len(approach.chosen) == 2
+
+
+def test_gradients_are_scored_on_the_view_that_training_sees():
+    masked = ObjectiveSpec(reconstruction_weight=0.0, contrastive_view="masked")
+    approach, lengths = SelectiveK(k=2, criterion="rgn", objective=masked), []
+    approach.encoder.blocks[0].register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+    approach.select(batches(1))
+    assert not approach.head.training
+    approach.setup("fit")
+    approach.losses(batches(1)[0])
+    assert lengths == [1 + 16, 1 + 16]
+
+
+def test_k_0_leaves_the_encoder_untouched_and_takes_cached_features():
+    approach = SelectiveK(k=0)
+    assert (approach.untouched, approach.cacheable) == (True, "pooled")
+    assert not SelectiveK(k=1).untouched
+    approach.setup("fit")
+    [batch] = batches(1)
+    cached = replace(batch, images=torch.empty(4, 0), encoded=approach.encoder(batch.images))
+    parts, same = approach.losses(batch), approach.losses(cached)
+    assert parts.keys() == same.keys()
+    assert all(torch.allclose(parts[name], same[name]) for name in parts)
+    for ours, theirs in zip(approach.embed(batch), approach.embed(cached), strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "rgn"},
+        {"objective": ObjectiveSpec()},
+        {"objective": ObjectiveSpec(reconstruction_weight=0.0, contrastive_view="masked")},
+    ],
+    ids=str,
+)
+def test_k_0_caches_nothing_where_the_pictures_are_asked_for(options):
+    approach = SelectiveK(k=0, **options)
+    assert (approach.untouched, approach.cacheable) == (True, "")
 
 
 def test_explicit_names_are_taken_and_wrong_ones_refused():

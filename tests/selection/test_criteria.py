@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from wlsup.errors import WlsupError
 from wlsup.models.vision import VisionSpec, build_vision
@@ -38,6 +39,17 @@ def test_patterns_match_the_groups_own_parameters_and_no_others(backbone, granul
     for group in parameter_groups(backbone, granularity):
         matched = [name for name in every if any(fnmatchcase(name, pattern) for pattern in group.patterns)]
         assert matched == list(group.names)
+
+
+def test_attention_pooling_comes_last_with_the_norm():
+    pooled = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0, global_pool="map"
+    )
+    groups = parameter_groups(pooled)
+    assert [group.name for group in groups] == ["embed", "blocks.0", "blocks.1", "norm"]
+    assert not any(name.startswith("attn_pool") for name in groups[0].names)
+    assert {name.split(".")[0] for name in groups[-1].names} >= {"norm", "attn_pool"}
+    assert parameter_groups(pooled, "tensor")[-1].name.startswith("attn_pool.")
 
 
 def test_place_decides_first_last_and_a_seeded_chance(backbone):

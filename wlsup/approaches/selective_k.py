@@ -21,7 +21,7 @@ from wlsup.models.mae import DecoderSpec
 from wlsup.models.text import TextSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec
-from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
+from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, contrast, image_embedding, two_branch_losses
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 from wlsup.selection.criteria import (
@@ -45,10 +45,10 @@ class SelectiveK(Approach):
     """Of the encoder's ordered groups of weights, the k with the highest score train; the others stay frozen.
 
     "Selective k-fine-tuning" is a name from the talk without a published definition; this one is ours. ``k = 0`` leaves
-    the encoder frozen, ``k`` = all is `full`. Scores by gradients are computed once, from the first batches of training
-    under this approach's own loss, averaged over the processes, so that each chooses the same; what was chosen is in
-    the plan and in the checkpoint. The objective is `full`'s: contrastive, and masked reconstruction where it has a
-    weight.
+    the encoder frozen, and features may be cached where its loss and criterion read no more than those; ``k`` = all is
+    `full`. Scores by gradients are computed once, from the first batches of training under this approach's own loss,
+    of gradients averaged over the processes, so that each chooses the same; what was chosen is in the plan and in the
+    checkpoint. The objective is `full`'s: contrastive, and masked reconstruction where it has a weight.
 
     Source: ours; nearest to it, Lee et al. 2023, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts".
 
@@ -66,7 +66,7 @@ class SelectiveK(Approach):
         k: how many groups train; None: as many as ``groups`` names.
         criterion: "last" or "first" in order; "random"; "rgn", relative gradient norm; "fisher", mean squared gradient;
             "alpha", the exponent of the weights' spectra, largest first; "explicit", those named in ``groups``.
-        granularity: "block" (patch embedding, each block, final norm), "sublayer" or "tensor".
+        granularity: "block" (patch embedding, each block, final norm and pooling), "sublayer" or "tensor".
         groups: names of groups, for "explicit".
         batches: how many of the first batches gradients are scored on.
         selection_seed: of the random choice, and of masks while scoring.
@@ -107,6 +107,10 @@ class SelectiveK(Approach):
         self.mae, self.text, self.head = build_towers(encoder, decoder, text, objective)
         self.groups = parameter_groups(self.encoder.backbone, granularity)
         self.k = self._checked_k(k, groups)
+        self.untouched = not self.k
+        features_alone = not objective.reconstruction_weight and objective.contrastive_view == "full"
+        if self.untouched and features_alone and criterion not in GRADIENT_CRITERIA:
+            self.cacheable = "pooled"
         self.scores: dict[str, float] = {}
         self.chosen: tuple[str, ...] | None = None
         if criterion == "explicit":
@@ -156,12 +160,18 @@ class SelectiveK(Approach):
 
     def losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
         """Contrast, and masked reconstruction where it has a weight."""
+        if batch.encoded is not None:
+            contrastive = contrast(self.head, *self.embed(batch), self.objective, batch.keys)
+            return {"contrastive": contrastive, "loss": self.objective.contrastive_weight * contrastive}
         captions = self.text(batch.captions)
         return two_branch_losses(self.mae, self.head, batch.images, captions, self.objective, keys=batch.keys)
 
     def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """(B, E) pictures and (B, E) captions."""
-        image = image_embedding(self.mae, self.head, batch.images, self.objective)
+        if batch.encoded is None:
+            image = image_embedding(self.mae, self.head, batch.images, self.objective)
+        else:
+            image = self.head.embed_images(batch.encoded.pooled)
         return image, self.head.embed_captions(self.text(batch.captions).pooled)
 
     def select(self, batches: Iterable[CaptionBatch]) -> tuple[str, ...]:
@@ -254,6 +264,7 @@ class SelectiveK(Approach):
             self.objective = replace(own, reconstruction_weight=0.0)
         before = [parameter.requires_grad for parameter in parameters]
         self.eval()
+        self.head.train()  # as in training, where it says whether the view is masked
         cuda = [self.device] if self.device.type == "cuda" else []
         try:
             for parameter in parameters:
@@ -264,5 +275,6 @@ class SelectiveK(Approach):
                     yield self.losses(batch.to(self.device))["loss"]
         finally:
             self.objective = own
+            self.head.eval()
             for parameter, required in zip(parameters, before, strict=True):
                 parameter.requires_grad_(required)

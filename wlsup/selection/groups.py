@@ -1,4 +1,4 @@
-"""An encoder's parameters as ordered groups: patch embedding, blocks (or their parts), final norm."""
+"""An encoder's parameters as ordered groups: patch embedding, blocks (or their parts), final norm and pooling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Granularity", "Group", "parameter_groups"]
 Granularity = Literal["block", "sublayer", "tensor"]
 
 _ATTENTION = ("norm1", "attn", "ls1", "gamma_1")
-_FINAL = ("norm", "fc_norm")
+_FINAL = ("norm", "attn_pool", "fc_norm")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Group:
     """Parameters that train together or not at all.
 
     Args:
-        name: "embed", "blocks.3", "blocks.3.attn", "norm", or a parameter's own name.
+        name: "embed", "blocks.3", "blocks.3.attn", "norm" (with attention pooling), or a parameter's own name.
         names: its parameters, relative to the backbone.
         patterns: globs that match these and no others, as a plan wants them.
     """
