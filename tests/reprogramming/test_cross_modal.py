@@ -101,6 +101,27 @@ def test_appended_tokens_stand_behind_the_patches_with_positions(encoder):
         encode_tokens(encoder, torch.randn(1, 65, encoder.embed_dim), "append")
 
 
+@pytest.mark.parametrize("slots", ["replace", "append"])
+def test_gradient_checkpointing_changes_no_gradient(slots):
+    tokens, gradients = torch.randn(2, 64, 96), []
+    for checkpointing in (False, True):
+        encoder = build_vision(VisionSpec(gradient_checkpointing=checkpointing)).eval().requires_grad_(False)
+        own = tokens.clone().requires_grad_(True)
+        encode_tokens(encoder, own, slots).square().sum().backward()
+        gradients.append(own.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_appended_tokens_go_through_the_norm_before_the_blocks_as_the_patches_do():
+    clip = "vit(img_size=32,patch_size=8,embed_dim=48,depth=1,num_heads=3,pre_norm=True)"
+    encoder, seen = build_vision(VisionSpec(pretrained=False, architecture=clip)).eval(), []
+    encoder.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    encode_tokens(encoder, 100 * torch.randn(2, 3, encoder.embed_dim), "append")
+    assert seen[0].shape[1] == encoder.num_prefix_tokens + 16 + 3
+    assert torch.allclose(seen[0][:, -3:].std(-1, unbiased=False), torch.ones(2, 3), atol=1e-3)
+
+
 def test_gradients_reach_the_program_through_the_frozen_network(encoder):
     encoder.requires_grad_(False)
     program = TokenProgram(11, encoder.embed_dim, "none")

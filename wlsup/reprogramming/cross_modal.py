@@ -216,7 +216,8 @@ def encode_tokens(
         def append(module: nn.Module, inputs: tuple) -> tuple:
             return torch.cat([inputs[0], placed.to(inputs[0].dtype)], dim=1), *inputs[1:]
 
-        handle = encoder.blocks[0].register_forward_pre_hook(append)
+        # Before the norm that CLIP's networks begin with, and outside the blocks, which checkpointing runs once more.
+        handle = encoder.backbone.norm_pre.register_forward_pre_hook(append)
     try:
         return encoder(canvas).pooled
     finally:
