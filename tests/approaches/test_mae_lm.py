@@ -7,6 +7,7 @@ import torch
 
 from wlsup.approaches.mae_lm import MaeLM
 from wlsup.batch import CaptionBatch
+from wlsup.errors import WlsupError
 from wlsup.models.caption_tokens import load_tokenizer
 from wlsup.models.language import GenerationSpec
 from wlsup.models.prefix import PrefixSpec
@@ -112,6 +113,13 @@ def test_masked_and_full_view_differ_in_what_the_captioner_gets(batch):
         approach.prefix.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
         approach.losses(batch)
     assert lengths == [64, 16]
+
+
+def test_squares_of_masked_patches_are_refused_before_anything_runs():
+    with pytest.raises(WlsupError, match="set prefix.pool to 1"):
+        MaeLM(objective=CaptioningSpec(caption_view="masked"), prefix=SHORT)
+    for fine in ({"captioning": "parallel"}, {"captioning_weight": 0.0}):
+        MaeLM(objective=CaptioningSpec(caption_view="masked", **fine), prefix=SHORT)
 
 
 def test_parallel_loads_no_language_model_but_names_the_tokenizer():

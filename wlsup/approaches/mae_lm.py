@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from wlsup.approaches.base import Approach
 from wlsup.batch import CaptionBatch, VisionOutput
+from wlsup.errors import WlsupError
 from wlsup.models.caption_decoder import CaptionDecoder, CaptionDecoderSpec
 from wlsup.models.caption_tokens import CaptionTokenizer, load_tokenizer
 from wlsup.models.language import GenerationSpec, LanguageModel, LanguageSpec
@@ -48,7 +49,8 @@ class MaeLM(Approach):
         encoder_lr: of the pretrained encoder, and decoder unless that is fresh, lower than that of the fresh parts.
 
     Raises:
-        WlsupError: prefix and captions do not fit the language model's positions.
+        WlsupError: prefix and captions do not fit the language model's positions, or squares of a masked picture's
+            patches are to be averaged.
     """
 
     name = "mae_lm"
@@ -75,6 +77,11 @@ class MaeLM(Approach):
         self.mae = build_mae(encoder, decoder)
         self.language: LanguageModel | None = None
         if objective.captioning == "prefix":
+            if prefix.pool > 1 and objective.caption_view == "masked" and objective.captioning_weight:
+                raise WlsupError(
+                    f"prefix.pool {prefix.pool} averages squares of patches, and with objective.caption_view masked "
+                    "pictures have holes: set prefix.pool to 1."
+                )
             self.language = LanguageModel(language)
             self.tokenizer: CaptionTokenizer = self.language.tokenizer
             self.prefix = ImagePrefix(self.encoder.embed_dim, self.language.width, prefix)
