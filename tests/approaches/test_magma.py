@@ -240,3 +240,5 @@ class TestMeasure:
 def test_no_room_for_the_captions_is_refused():
     with pytest.raises(WlsupError, match=r"need \d+ positions"):
         Magma(language=LanguageSpec(max_length=80), prefix=PrefixSpec())
+    with pytest.raises(WlsupError, match=r"Lower generation.max_tokens"):
+        Magma(generation=GenerationSpec(max_tokens=80), prefix=PrefixSpec())

@@ -236,7 +236,7 @@ class TestStep0:
             assert (float(layer.router.weight.grad.abs().max()) > 1e-4) == moves
 
     def test_a_spec_that_would_change_the_function_is_refused(self):
-        with pytest.raises(WlsupError, match="would not compute what the dense one does"):
+        with pytest.raises(WlsupError, match="would not begin as the pretrained language model: combine 'raw' scales"):
             make(MoESpec(experts=4, k=2, combine="raw"), mixture="ffn")
 
 

@@ -201,6 +201,29 @@ def test_wrong_input_is_one_message_and_writes_nothing(options, said, tmp_path, 
     assert not (tmp_path / "moe").exists()
 
 
+@torch.no_grad()
+def test_in_half_precision_the_error_is_that_of_the_file(tmp_path, capsys):
+    said = report(capsys, "mini", tmp_path / "moe", "--kind", "language", "--experts", 2, "--dtype", "bfloat16")
+    dense, again = LanguageModel(LanguageSpec()), load_moe(tmp_path / "moe")
+    ids = torch.randint(dense.vocabulary, (4, 16))
+    wanted = dense(dense.embed(ids))
+    assert float((again(again.embed(ids)) - wanted).norm() / wanted.norm()) == pytest.approx(
+        said["relative_error"], rel=0.3
+    )
+    assert said["relative_error"] > 1e-4
+
+
+def test_a_folder_that_cannot_be_upcycled_is_told_apart(tmp_path, capsys):
+    report(capsys, "mini", tmp_path / "moe", "--experts", 2)
+    assert main(["upcycle", str(tmp_path / "moe"), str(tmp_path / "again")]) == 2
+    assert "is upcycled already. Give a dense model, or get it back with --dense." in capsys.readouterr().err
+    (tmp_path / "phi").mkdir()
+    config = {"model_type": "phi", "architectures": ["PhiForCausalLM"]}
+    (tmp_path / "phi" / "config.json").write_text(json.dumps(config))
+    assert main(["upcycle", str(tmp_path / "phi"), str(tmp_path / "again")]) == 2
+    assert "of the family 'phi', which is not known here. Those that are: gpt2," in capsys.readouterr().err
+
+
 def test_unknown_weights_and_a_full_folder(tmp_path, capsys):
     assert main(["upcycle", "vit_tinyy", str(tmp_path / "moe")]) == 2
     assert "Unknown vision weights 'vit_tinyy'" in capsys.readouterr().err

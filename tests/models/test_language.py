@@ -205,6 +205,9 @@ class TestErrors:
         mini.check_length(96)
         with pytest.raises(WlsupError, match=r"129 positions.*has 128.*language.max_length"):
             mini.check_length(97)
+        mini.check_length(60, GenerationSpec(max_tokens=68))
+        with pytest.raises(WlsupError, match=r"129 positions.*has 128.*Lower generation.max_tokens"):
+            mini.check_length(60, GenerationSpec(max_tokens=69))
 
     def test_a_hub_id_without_network_says_where_it_looked_and_what_to_do(self):
         with pytest.raises(WlsupError, match=r"hf download nobody/nothing.*"):

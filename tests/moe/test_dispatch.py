@@ -141,6 +141,27 @@ def test_auto_takes_what_a_gpu_has(monkeypatch, capability, dtype, mlps, bounded
     assert choose_path(experts, x, "auto", bounded) == path
 
 
+def test_auto_leaves_grouped_to_widths_that_it_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(F, "grouped_mm", None, raising=False)
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    taken = {hidden: choose_path([MLPExpert(D, hidden)] * 2, x, "auto", bounded=False) for hidden in (8, 10, 24, 36)}
+    assert taken == {8: "grouped", 10: "sort", 24: "grouped", 36: "sort"}
+    assert choose_path([MLPExpert(10, 8)] * 2, x, "auto", bounded=False) == "sort"
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has it from 2.10 on")
+@pytest.mark.parametrize(("hidden", "fits"), [(24, True), (10, False), (36, False)])
+def test_grouped_says_which_widths_it_does_not_take(hidden, fits):
+    experts = nn.ModuleList(MLPExpert(D, hidden) for _ in range(E)).bfloat16()
+    x, who = torch.randn(T, D, dtype=torch.bfloat16), assignment("balanced")
+    if fits:
+        dispatch(x, who, experts, "grouped").sum().backward()
+        return
+    with pytest.raises(WlsupError, match=f"multiples of 8 in bfloat16, and these map 16 channels to {hidden}"):
+        dispatch(x, who, experts, "grouped")
+
+
 class CountingTensor:
     """Counts how often a path waits for the device's numbers."""
 

@@ -55,6 +55,19 @@ def test_the_most_frequent_ids_come_first_each_to_the_emptiest():
     assert table[1] != table[2]
 
 
+@pytest.mark.parametrize(("experts", "k"), [(4, 1), (3, 2), (5, 3)])
+@pytest.mark.parametrize("frequencies", [torch.ones(40), torch.zeros(40), torch.arange(40) % 7 * 1.0])
+def test_a_table_is_what_the_rule_says_one_id_after_another(frequencies, experts, k):
+    table = balanced_table(frequencies, experts, k, seed=3)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    load = [[0.0, 0, expert] for expert in range(experts)]
+    for token in order[frequencies[order].argsort(descending=True, stable=True)].tolist():
+        emptiest = sorted(load)[:k]
+        assert table[token].tolist() == [expert for _, _, expert in emptiest]
+        for one in emptiest:
+            one[0], one[1] = one[0] + float(frequencies[token]), one[1] + 1
+
+
 def test_ids_that_never_occur_are_spread_too():
     table = balanced_table(torch.zeros(V), E, k=2)
     assert torch.bincount(table.flatten(), minlength=E).tolist() == [V * 2 // E] * E

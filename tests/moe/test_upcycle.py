@@ -331,6 +331,15 @@ class TestOutside:
 
 
 class TestWhatIsMade:
+    @torch.no_grad()
+    def test_copies_drop_nothing_out_whatever_the_dense_model_does_in_training(self):
+        model = make("gpt2")
+        mlp = copy.deepcopy(model.transformer.h[1].mlp)
+        assert mlp.dropout.p > 0
+        (layer,) = upcycle(model, [1], MoESpec(experts=2, jitter=0.0))
+        x = torch.randn(2, 5, 32)
+        assert relative(layer.train()(x), mlp.eval()(x)) <= EXACT
+
     def test_experts_are_bit_for_bit_copies_with_memory_of_their_own(self):
         model = make("gpt2")
         dense = copy.deepcopy(model.transformer.h[1].mlp.state_dict())

@@ -71,7 +71,7 @@ class Magma(Approach):
         self.vision = build_vision(encoder)
         self.language = LanguageModel(language)
         self.prefix = ImagePrefix(self.encoder.embed_dim, self.language.width, prefix)
-        self.language.check_length(self.prefix.positions(self.encoder.grid_size))
+        self.language.check_length(self.prefix.positions(self.encoder.grid_size), generation)
         blocks = self.language.blocks
         self.adapters = LanguageAdapters(blocks, self.language.hidden_size, adapters).attach(blocks)
 

@@ -24,7 +24,7 @@ from wlsup.moe.hashing import HashRouter, balanced_table
 from wlsup.moe.prefix_ids import PrefixTokenIds
 from wlsup.moe.sites import choose_blocks
 from wlsup.moe.spec import MoESpec
-from wlsup.moe.upcycle import UpcycledMLPs, add_noise
+from wlsup.moe.upcycle import UpcycledMLPs, add_noise, change_of_function
 from wlsup.objectives.captioning import prefix_captioning_loss
 from wlsup.objectives.held_out_captions import captioner_task
 from wlsup.objectives.regularizers import RegularizerSpec
@@ -105,7 +105,7 @@ class MagmaMoE(Approach):
         self.language = LanguageModel(language)
         self.prefix = ImagePrefix(self.encoder.embed_dim, self.language.width, prefix)
         positions = self.prefix.positions(self.encoder.grid_size)
-        self.language.check_length(positions)
+        self.language.check_length(positions, generation)
         self.token_ids = PrefixTokenIds(self.language.vocabulary, positions)
         # Until a run's captions are there to be counted; a checkpoint brings the table that it was trained with.
         unknown = torch.ones(self.token_ids.rows)
@@ -306,6 +306,8 @@ def _check(
     moe.check_causal()
     if mixture == "ffn" and adapters != LanguageAdapterSpec():
         raise WlsupError("mixture: ffn has no adapters: leave out what is set under model.adapters.")
+    if mixture == "ffn" and (why := change_of_function(moe)):
+        raise WlsupError(f"mixture: ffn would not begin as the pretrained language model: {why}.")
     if mixture == "ffn" and dtype != "float32":  # copies of its MLPs would train in half precision, without masters
         raise WlsupError(f"mixture: ffn trains copies of the language model's MLPs: leave out language.dtype: {dtype}.")
     if mixture == "adapters" and (every != 2 or noise or energy):

@@ -122,6 +122,7 @@ def _shown(given: list[str], wanted: set[str]) -> str:
 def _upcycle(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from wlsup.models.weights import read_weights
     from wlsup.moe.checkpoint import save_moe
     from wlsup.moe.cluster import ClusterSpec, activations, specialise
     from wlsup.moe.sites import blocks_of, choose_blocks
@@ -162,9 +163,11 @@ def _upcycle(options: argparse.Namespace) -> dict[str, Any]:
         # Clusters are made of the dense MLP, so that noise before them would be lost.
         add_noise((expert for layer in layers.values() for expert in layer.experts), options.noise, options.seed)
         made_by["clusters"] = asdict(clusters)
-    error = float((_outputs(model, kind, probe) - wanted).norm() / wanted.norm())
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     folder = save_moe(model, options.out, dtype, made_by)
+    if dtype is not None:  # the error is the file's: with what rounding it did to the weights
+        model.load_state_dict(dict(read_weights(folder / "model.safetensors")), strict=False)
+    error = float((_outputs(model, kind, probe) - wanted).norm() / wanted.norm())
     experts = sum(p.numel() for layer in layers.values() for p in layer.experts.parameters())
     idle = experts // spec.experts * (spec.experts - min(spec.k, spec.experts))
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -207,14 +210,28 @@ def _open(options: argparse.Namespace) -> tuple[nn.Module, str]:
 
 
 def _kind(weights: str) -> str:
-    """Say what a folder's config.json says; anything else is a vision encoder's name."""
+    """Say what a folder's config.json says; anything else is a vision encoder's name.
+
+    Raises:
+        WlsupError: an MoE checkpoint, or a language model of another family.
+    """
     path = Path(weights).expanduser() / "config.json"
     if not path.is_file():
         return "vision"
     from wlsup.models.language import FAMILIES
     from wlsup.models.weights import read_json
+    from wlsup.moe.checkpoint import FORMAT
 
-    return "language" if read_json(path).get("model_type") in FAMILIES else "vision"
+    config = read_json(path)
+    if config.get("format") == FORMAT:
+        raise WlsupError(f"{weights} is upcycled already. Give a dense model, or get it back with --dense.")
+    family = config.get("model_type")
+    if family not in FAMILIES and any("CausalLM" in str(name) for name in config.get("architectures") or ()):
+        raise WlsupError(
+            f"{weights} is a language model of the family {family!r}, which is not known here. Those that are: "
+            f"{', '.join(FAMILIES)}."
+        )
+    return "language" if family in FAMILIES else "vision"
 
 
 def _probe(model: nn.Module, kind: str, seed: int) -> Tensor:

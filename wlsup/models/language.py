@@ -131,19 +131,22 @@ class LanguageModel(nn.Module):
             module for module in self.model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth
         )
 
-    def check_length(self, prefix_length: int) -> None:
-        """Refuse a prefix that leaves no room for the captions.
+    def check_length(self, prefix_length: int, generation: GenerationSpec | None = None) -> None:
+        """Refuse a prefix that leaves no room for the captions, neither for people's nor for generated ones.
 
         Raises:
             WlsupError: with the positions that there are, and what to lower.
         """
-        needed = prefix_length + self.tokenizer.max_length
-        if needed > self.positions:
-            raise WlsupError(
-                f"{prefix_length} picture tokens and captions of {self.tokenizer.max_length} tokens need {needed} "
-                f"positions; language model {self.spec.weights!r} has {self.positions}. Lower language.max_length, or "
-                "shorten the prefix (prefix.pool, prefix.tokens: pooled)."
-            )
+        longest = {"language.max_length": self.tokenizer.max_length}
+        if generation is not None:
+            longest["generation.max_tokens"] = generation.max_tokens
+        for option, length in longest.items():
+            if prefix_length + length > self.positions:
+                raise WlsupError(
+                    f"{prefix_length} picture tokens and captions of {length} tokens need {prefix_length + length} "
+                    f"positions; language model {self.spec.weights!r} has {self.positions}. Lower {option}, or "
+                    "shorten the prefix (prefix.pool, prefix.tokens: pooled)."
+                )
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, W), in fp32."""

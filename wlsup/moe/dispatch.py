@@ -17,6 +17,9 @@ from wlsup.moe.experts import MLPParts, parts_of, stack
 
 __all__ = ["Assignment", "choose_path", "dispatch", "run_batched", "within_capacity"]
 
+_ROW = 16
+"""Bytes, of which the grouped product wants every matrix's rows to be multiples."""
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -63,8 +66,8 @@ def choose_path(experts: Sequence[nn.Module], x: Tensor, wanted: str, bounded: b
     """Say which path computes.
 
     "auto": grouped where the device has tensor cores that torch's grouped product is written for (bfloat16, compute
-    capability 8 or more) and the experts are MLPs; on other GPUs batched where the capacity bounds the padding; else
-    sort, with one wait of the CPU for the GPU a layer.
+    capability 8 or more) and the experts are MLPs of widths that it takes, multiples of 8; on other GPUs batched where
+    the capacity bounds the padding; else sort, with one wait of the CPU for the GPU a layer.
 
     Args:
         experts: E modules.
@@ -78,7 +81,7 @@ def choose_path(experts: Sequence[nn.Module], x: Tensor, wanted: str, bounded: b
         return "sort"
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     able = hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    if able and dtype == torch.bfloat16 and all(parts_of(expert) is not None for expert in experts):
+    if able and dtype == torch.bfloat16 and all(_fits(parts_of(expert), dtype) for expert in experts):
         return "grouped"
     return "batched" if bounded else "sort"
 
@@ -97,7 +100,7 @@ def dispatch(x: Tensor, assignment: Assignment, experts: Sequence[nn.Module], pa
         (T, D) in the experts' dtype.
 
     Raises:
-        WlsupError: "grouped" with experts that are no MLPs, or a torch without it.
+        WlsupError: "grouped" with experts that are no MLPs or of widths that it does not take, or a torch without it.
     """
     if path == "loop":
         return _loop(x, assignment, experts)
@@ -154,6 +157,12 @@ def _grouped(rows: Tensor, ranked: Tensor, counts: Tensor, experts: Sequence[nn.
             "moe.dispatch: grouped needs experts that are MLPs (MLPExpert, or timm's and transformers' own) without "
             "dropout, and a torch with grouped_mm (2.10 or later). Use moe.dispatch: auto."
         )
+    if not _fits(parts, cast):
+        raise WlsupError(
+            f"moe.dispatch: grouped takes experts whose widths are multiples of {_ROW // cast.itemsize} in "
+            f"{str(cast).removeprefix('torch.')}, and these map {parts.up.shape[-1]} channels to "
+            f"{parts.up.shape[-2]}. Use moe.dispatch: auto, or choose another width."
+        )
     # Dropped choices and padding, which come last, are the last expert's to compute: behind the last group there would
     # be uninitialised memory, in the backward pass too.
     owner = ranked.clamp_max(len(experts) - 1)
@@ -168,6 +177,11 @@ def _grouped(rows: Tensor, ranked: Tensor, counts: Tensor, experts: Sequence[nn.
         lambda bias: whose @ bias,
     )
     return outputs.masked_fill((ranked == len(experts))[:, None], 0)
+
+
+def _fits(parts: MLPParts | None, dtype: torch.dtype) -> bool:
+    """Whether the grouped product takes these matrices: MLPs whose rows, both ways, are whole multiples of 16 bytes."""
+    return parts is not None and all(size * dtype.itemsize % _ROW == 0 for size in parts.up.shape[-2:])
 
 
 def _batched(rows: Tensor, ranked: Tensor, counts: Tensor, experts: Sequence[nn.Module], ceiling: int | None) -> Tensor:

@@ -54,13 +54,18 @@ def balanced_table(frequencies: Tensor, experts: int, k: int = 1, seed: int = 0)
     """
     order = torch.randperm(len(frequencies), generator=torch.Generator().manual_seed(seed))
     order = order[frequencies.cpu()[order].argsort(descending=True, stable=True)]
-    table = torch.empty(len(frequencies), k, dtype=torch.int64)
-    load = [(0.0, 0, expert) for expert in range(experts)]  # occurrences, ids, number
-    for token, frequency in zip(order.tolist(), frequencies.cpu().double()[order].tolist(), strict=True):
+    ordered = frequencies.cpu().double()[order]
+    table = torch.empty(len(order), k, dtype=torch.int64)
+    if bool((ordered == ordered[:1]).all()):  # the emptiest are the next ones, round and round
+        table[order] = (torch.arange(len(order) * k) % experts).view(-1, k)
+        return table
+    chosen, load = [], [(0.0, 0, expert) for expert in range(experts)]  # occurrences, ids, number
+    for frequency in ordered.tolist():
         emptiest = [heapq.heappop(load) for _ in range(k)]
-        table[token] = torch.tensor([expert for _, _, expert in emptiest])
+        chosen.append([expert for _, _, expert in emptiest])
         for occurrences, ids, expert in emptiest:
             heapq.heappush(load, (occurrences + frequency, ids + 1, expert))
+    table[order] = torch.tensor(chosen)
     return table
 
 
@@ -75,9 +80,11 @@ def token_frequencies(captions: Iterable[Tensor], token_ids: TokenIds) -> Tensor
         (V + P,) float64: what `MoE` takes as ``frequencies``.
     """
     total = torch.zeros(token_ids.rows, dtype=torch.float64)
+    prefix = total[token_ids.vocabulary :]
     for ids in captions:
-        total += torch.bincount(ids.flatten().cpu(), minlength=token_ids.rows)
-        total[token_ids.vocabulary :] += 1
+        own = ids.flatten().cpu()
+        total.index_add_(0, own, torch.ones(len(own), dtype=total.dtype))
+        prefix += 1
     return total
 
 

@@ -93,7 +93,8 @@ class MoE(nn.Module):
         width: D.
         spec: routing, losses, dispatch.
         causal: the layer is part of an autoregressive model: routers by which a later token changes an earlier output
-            are refused, and capacity is filled in the order of positions.
+            are refused, and capacity is filled in the order of positions. How much of it there is goes by the sample's
+            length, which is all that comes later of which an earlier output knows.
         vocabulary: of hash routing, the number of ids (`TokenIds.rows`).
         frequencies: (vocabulary,) of the balanced hash, how often each occurs.
         token_ids: where ids and padding mask are found when `forward` is not given them.

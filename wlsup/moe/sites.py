@@ -82,8 +82,16 @@ class Site:
         return LooseMLP(*self.parts.values()) if self.loose else next(iter(self.parts.values()))
 
     def expert(self) -> nn.Module:
-        """Return a copy of the MLP with parameters of its own, bit for bit the same."""
-        return copy.deepcopy(self.mlp())
+        """Return a copy of the MLP with parameters of its own, bit for bit the same, that never drops anything out.
+
+        GPT-2's MLP does in training, by draws that depend on who computes which tokens: the copies would then not be
+        the dense model at step 0, nor two processes one.
+        """
+        expert = copy.deepcopy(self.mlp())
+        for part in expert.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        return expert
 
     def replace(self, layer: nn.Module) -> None:
         """Put ``layer`` where the MLP is: its keys become ``name`` + the layer's own."""

@@ -57,11 +57,13 @@ class MoESpec:
         balance: against experts that starve. "loss": Fedus et al. 2022, equations 4 to 6. "bias": a number an expert,
             added to p for choosing only, and moved by `update_biases` (Wang et al. 2024, "Auxiliary-Loss-Free Load
             Balancing"). "none". The routers expert_choice, soft and hash have nothing to balance.
-        balance_weight: of the balance loss.
+        balance_weight: of the balance loss; read with ``balance: loss`` by top_k and noisy_top_k, and elsewhere let be,
+            so that routers can be compared under one setting. So are z_weight and init_std.
         bias_rate: u, by which a step moves the bias.
-        z_weight: of the router z-loss (Zoph et al. 2022, "ST-MoE", equation 5); 0 for none.
+        z_weight: of the router z-loss (Zoph et al. 2022, "ST-MoE", equation 5); 0 for none. hash and soft have none.
         jitter: in training the router reads x times U(1 - jitter, 1 + jitter) (Fedus et al. 2022); experts read x.
-        init_std: standard deviation of the router's first weights. Not 0: equal logits send all tokens to expert 0.
+        init_std: standard deviation of the router's first weights (hash has none). Not 0: equal logits send all tokens
+            to expert 0.
         router_dtype: "float32", under autocast too; "model": whatever autocast or the weights have, which is there to
             show what float32 is for.
         noise: of noisy_top_k: "learned" (Shazeer et al. 2017, equation 4) or "fixed", standard deviation 1 / E

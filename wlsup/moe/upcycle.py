@@ -72,6 +72,8 @@ def upcycle(
 def restore(module: nn.Module) -> nn.Module:
     """Put dense MLPs back where `upcycle` put MoE layers, bit for bit: the way back where no expert was trained.
 
+    Their tensors are; dropout, which copies have none of, does not come back.
+
     Args:
         module: as `upcycle` left it; changed in place.
 
