@@ -1,5 +1,7 @@
 """The bottleneck's own facts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -23,3 +25,10 @@ def test_it_computes_the_published_form_plus_the_condition():
     hidden = x @ bottleneck.down.weight.T + bottleneck.down.bias + (embedding @ bottleneck.condition.weight.T)[:, None]
     wanted = x + torch.nn.functional.gelu(hidden) @ bottleneck.up.weight.T + bottleneck.up.bias
     assert torch.allclose(bottleneck(x, embedding), wanted, atol=1e-5)
+
+
+def test_the_page_has_the_counts_of_vit_b_with_clips_text_encoder():
+    page = Path("docs/approaches/bottleneck.md").read_text()
+    for top in (None, 4):
+        count = sum(p.numel() for p in BottleneckAdapter(768, 12, condition_width=512, top=top).parameters())
+        assert f"| {count:,} |" in page

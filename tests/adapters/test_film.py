@@ -1,5 +1,7 @@
 """FiLM's own facts."""
 
+from pathlib import Path
+
 import torch
 
 from wlsup.adapters.film import FiLM
@@ -31,3 +33,10 @@ def test_it_scales_and_shifts_every_channel_of_every_token_after_the_norms():
     delta_gamma, beta = adapter.generators[1](adapter.embedding(condition)).chunk(2, dim=-1)
     wanted = (1 + delta_gamma)[:, None] * seen["plain"] + beta[:, None]
     assert torch.allclose(seen["modulated"], wanted, atol=1e-5)
+
+
+def test_the_page_has_the_counts_of_vit_b_with_clips_text_encoder():
+    page = Path("docs/approaches/film.md").read_text()
+    for top in (None, 4):
+        count = sum(p.numel() for p in FiLM(768, 12, condition_width=512, top=top).parameters())
+        assert f"| {count:,} |" in page
