@@ -9,7 +9,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from wlsup.approaches import approach_class
 from wlsup.approaches.checkpoint import saved_names
 from wlsup.batch import CaptionBatch
+from wlsup.callbacks.dashboard import dashboard_layout
+from wlsup.callbacks.evaluation import score_retrieval, sentence_embedder
 from wlsup.callbacks.guards import Guards
+from wlsup.callbacks.retrieval import Retrieval
 from wlsup.errors import WlsupError
 from wlsup.models.mae import DecoderSpec
 from wlsup.objectives.captioning import CaptioningSpec
@@ -25,6 +28,22 @@ def test_what_no_loss_reaches_does_not_train(name, weight, frozen):
     approach.setup("fit")
     names = approach.plan.trained_names(approach)
     assert names and not any(one.startswith(frozen) for one in names)
+
+
+CONTRASTIVE = [
+    *("asymmetric_attention", "bottleneck", "co_attention", "film", "full", "lora", "lst", "mae_cl"),
+    *("merged_attention", "selective_k", "token_replay"),
+]
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_projections_that_nothing_teaches_are_not_evaluated(name):
+    approach = approach_class(name)(objective=ObjectiveSpec(contrastive_weight=0.0))
+    batch = CaptionBatch(torch.randn(2, 3, 64, 64), ["red", "green"], list("ab"))
+    assert approach.embed(batch) is None
+    assert score_retrieval(approach, [batch]) is None
+    assert sentence_embedder(approach) is None
+    assert "held-out retrieval" not in dashboard_layout([Retrieval()], approach)
 
 
 @pytest.mark.parametrize("name", ["mae_cl", "mae_lm", "full", "selective_k"])

@@ -16,7 +16,7 @@ from wlsup.models.text import TextSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.matching import MatchingSpec, matching_loss
 from wlsup.objectives.regularizers import RegularizerSpec
-from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, image_embedding, two_branch_losses
+from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, pair_embeddings, two_branch_losses
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 
@@ -137,7 +137,6 @@ class AsymmetricAttentionApproach(Approach):
         matching = matching_loss(partial(self.fusion.score, passes[-1]), captions, self.matching.negatives, batch.keys)
         return {**losses, "matching": matching, "loss": losses["loss"] + self.matching.weight * matching}
 
-    def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-        """(B, E) pictures, under the null condition, and (B, E) captions."""
-        image = image_embedding(self.mae, self.head, batch.images, self.objective)
-        return image, self.head.embed_captions(self.text(batch.captions).pooled)
+    def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor] | None:
+        """(B, E) pictures, under the null condition, and (B, E) captions; None where contrast has no weight."""
+        return pair_embeddings(self.mae, self.head, self.text, batch, self.objective)

@@ -68,7 +68,7 @@ class Approach(lightning.LightningModule):
         raise TypeError(f"{type(self).__name__} does not say what it minimises: define losses().")
 
     def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor] | None:
-        """Return (B, E) picture and (B, E) caption embeddings of unit length, None where there is no shared space."""
+        """Return (B, E) picture and (B, E) caption embeddings of unit length, None where no shared space is learned."""
         return None
 
     def features(self, images: Tensor) -> Tensor:

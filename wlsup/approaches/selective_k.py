@@ -21,7 +21,7 @@ from wlsup.models.mae import DecoderSpec
 from wlsup.models.text import TextSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec
 from wlsup.objectives.regularizers import RegularizerSpec
-from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, contrast, image_embedding, two_branch_losses
+from wlsup.objectives.two_branch import ObjectiveSpec, build_towers, contrast, pair_embeddings, two_branch_losses
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainIf, TrainPlan
 from wlsup.selection.criteria import (
@@ -166,12 +166,11 @@ class SelectiveK(Approach):
         captions = self.text(batch.captions)
         return two_branch_losses(self.mae, self.head, batch.images, captions, self.objective, keys=batch.keys)
 
-    def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-        """(B, E) pictures and (B, E) captions."""
+    def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor] | None:
+        """(B, E) pictures and (B, E) captions; None where contrast has no weight."""
         if batch.encoded is None:
-            image = image_embedding(self.mae, self.head, batch.images, self.objective)
-        else:
-            image = self.head.embed_images(batch.encoded.pooled)
+            return pair_embeddings(self.mae, self.head, self.text, batch, self.objective)
+        image = self.head.embed_images(batch.encoded.pooled)
         return image, self.head.embed_captions(self.text(batch.captions).pooled)
 
     def select(self, batches: Iterable[CaptionBatch]) -> tuple[str, ...]:

@@ -142,5 +142,5 @@ def _lines(*tags: str) -> list[Any]:
 
 
 def _has_shared_space(module: nn.Module) -> bool:
-    """Whether the approach embeds pictures and captions: it has a head of its own for it."""
-    return hasattr(module, "head")
+    """Whether the approach embeds pictures and captions: it has a head of its own for it, which learns."""
+    return hasattr(module, "head") and bool(getattr(getattr(module, "objective", None), "contrastive_weight", True))

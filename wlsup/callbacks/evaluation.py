@@ -50,7 +50,8 @@ def sentence_embedder(module: torch.nn.Module) -> Callable[[list[str]], Tensor] 
     It is built of the run's own text tower and trained head (as FLYP does), not of a head of its own.
     """
     head, text = getattr(module, "head", None), getattr(module, "text", None)
-    if not hasattr(head, "embed_captions") or not callable(text):
+    learned = getattr(getattr(module, "objective", None), "contrastive_weight", True)
+    if not learned or not hasattr(head, "embed_captions") or not callable(text):
         return None
     return lambda sentences: head.embed_captions(text(sentences).pooled)
 

@@ -17,7 +17,8 @@ __all__ = ["Retrieval"]
 class Retrieval(Callback):
     """Collect the embeddings of the validation pairs and log recall at 1, 5 and 10 beside the chance level.
 
-    Approaches without a shared image-text space return no embeddings, and nothing is logged.
+    Approaches without a shared image-text space, or whose objective does not teach it, return no embeddings, and
+    nothing is logged.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wlsup.batch import Condition
+from wlsup.batch import CaptionBatch, Condition
 from wlsup.errors import WlsupError
 from wlsup.models.heads import ContrastiveHead
 from wlsup.models.mae import DecoderSpec, MaskedAutoencoder, build_mae
@@ -26,7 +26,7 @@ from wlsup.objectives.contrastive import info_nce, siglip
 from wlsup.objectives.micro_batches import in_micro_batches
 from wlsup.objectives.reconstruction import reconstruction_loss
 
-__all__ = ["ObjectiveSpec", "build_towers", "contrast", "image_embedding", "two_branch_losses"]
+__all__ = ["ObjectiveSpec", "build_towers", "contrast", "image_embedding", "pair_embeddings", "two_branch_losses"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ObjectiveSpec:
 
     Args:
         contrastive: "infonce" (CLIP) or "siglip".
-        contrastive_weight: factor of the contrastive loss; 0 leaves the branch out.
+        contrastive_weight: factor of the contrastive loss; 0 leaves out the branch, retrieval and zero-shot.
         reconstruction_weight: factor of the masked reconstruction loss; 0 leaves the branch out.
         mask_ratio: share of the patches that the reconstruction branch does not see, in [0, 1).
         caption_dropout: probability with which the reconstruction branch runs a sample under the null condition.
@@ -126,6 +126,27 @@ def image_embedding(mae: MaskedAutoencoder, head: ContrastiveHead, images: Tenso
         return head.embed_images(mae.encoder(images[rows], condition=None, ids_keep=ids).pooled)
 
     return in_micro_batches(encode, len(images), spec.micro_batch)
+
+
+def pair_embeddings(
+    mae: MaskedAutoencoder, head: ContrastiveHead, text: TextEncoder, batch: CaptionBatch, spec: ObjectiveSpec
+) -> tuple[Tensor, Tensor] | None:
+    """Embed pictures, by `image_embedding`, and captions in the space in which retrieval compares them.
+
+    Args:
+        mae: holds the encoder.
+        head: both projections.
+        text: the text encoder.
+        batch: B pairs.
+        spec: says whether the space is learned, and what the branch sees.
+
+    Returns:
+        (B, projection_width) of pictures and of captions, of unit length; None where the contrastive loss has no
+        weight, so that the projections are as they were drawn.
+    """
+    if not spec.contrastive_weight:
+        return None
+    return image_embedding(mae, head, batch.images, spec), head.embed_captions(text(batch.captions).pooled)
 
 
 def contrast(
