@@ -113,9 +113,9 @@ def test_the_random_network_gets_the_same_captions_and_the_same_start(monkeypatc
         approach.net.program.weight.add_(1.0)
     seen = []
 
-    def record(parts, plan, optimizer, trainer, ema, loss):
+    def record(parts, plan, optimizer, trainer, ema, losses):
         assert torch.equal(parts["program"].weight, start)
-        seen.extend(loss(step).item() for step in range(trainer.global_step))
+        seen.extend(loss().item() for step in range(trainer.global_step) for loss in losses(step))
 
     monkeypatch.setattr("wlsup.approaches.cross_modal_reprogramming.train_alike", record)
     approach._trainer = SimpleNamespace(global_step=2, accumulate_grad_batches=1)
@@ -126,6 +126,20 @@ def test_the_random_network_gets_the_same_captions_and_the_same_start(monkeypatc
     assert seen[0] != seen[1]
 
 
+def test_a_random_network_that_cannot_be_trained_costs_no_other_row(monkeypatch):
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    approach, data = prepared()
+    approach.train()
+    approach.losses(batch())
+    monkeypatch.setattr("wlsup.approaches.cross_modal_reprogramming.train_alike", fails)
+    approach._trainer = SimpleNamespace(global_step=1, accumulate_grad_batches=1)
+    task = approach.eval().measure(data)
+    assert [row["what"] for row in task["rows"]] == ["this program, input space"]
+    assert "left out (OutOfMemoryError: CUDA out of memory.)" in task["note"]
+
+
 def test_where_steps_are_of_several_micro_batches_so_are_those_of_the_random_network(monkeypatch):
     approach, data = prepared()
     approach.train()
@@ -133,16 +147,15 @@ def test_where_steps_are_of_several_micro_batches_so_are_those_of_the_random_net
         approach.losses(batch(captions))
     seen = []
 
-    def record(parts, plan, optimizer, trainer, ema, loss):
-        monkeypatch.setattr(approach, "_losses", lambda net, captions: {"loss": seen.append(captions)})
-        for step in range(trainer.global_step):
-            loss(step)
+    def record(parts, plan, optimizer, trainer, ema, losses):
+        monkeypatch.setattr(approach, "_losses", lambda net, captions: {"loss": captions})
+        seen.extend([loss() for loss in losses(step)] for step in range(trainer.global_step))
 
     monkeypatch.setattr("wlsup.approaches.cross_modal_reprogramming.train_alike", record)
     approach._trainer = SimpleNamespace(global_step=2, accumulate_grad_batches=2)
     with torch.inference_mode():
         approach.eval().measure(data)
-    assert seen == [CAPTIONS[:4], CAPTIONS]
+    assert seen == [[CAPTIONS[:2], CAPTIONS[2:4]], [CAPTIONS[:3], CAPTIONS[3:]]]
 
 
 def test_the_random_network_gets_the_captions_of_all_processes(monkeypatch):

@@ -3,6 +3,7 @@
 import lightning
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from wlsup.approaches.linear_map import LinearMap, _Control
 from wlsup.batch import CaptionBatch
@@ -17,7 +18,7 @@ from wlsup.optim import OptimizerSpec
 PREFIX = PrefixSpec(layer_norm=False, pool=4, dropout=0.0)
 
 
-def fit(epochs=2, prefix=PREFIX, validation_pairs=16, cache_features=False, ema=0.0, **options):
+def fit(epochs=2, prefix=PREFIX, validation_pairs=16, cache_features=False, ema=0.0, clip=0.1, **options):
     torch.manual_seed(0)
     approach = LinearMap(
         prefix=prefix, lr=1e-2, optimizer=OptimizerSpec(warmup_fraction=0.2), language=LanguageSpec(max_length=24),
@@ -34,7 +35,7 @@ def fit(epochs=2, prefix=PREFIX, validation_pairs=16, cache_features=False, ema=
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        gradient_clip_val=0.1,
+        gradient_clip_val=clip,
         callbacks=[EMA(), KeyedRandomness(0)],
         **options,
     )
@@ -70,9 +71,21 @@ def test_the_comparison_takes_the_runs_own_steps_on_the_runs_own_batches(run):
 
 
 @pytest.mark.parametrize(
-    "options", [{"accumulate_grad_batches": 4}, {"limit_train_batches": 3}, {"max_steps": 7}, {"ema": 0.9}]
+    "options",
+    [
+        {"accumulate_grad_batches": 4},
+        {"limit_train_batches": 3},
+        {"max_steps": 7},
+        {"ema": 0.9},
+        {"clip": 1e-3, "gradient_clip_algorithm": "value"},
+        {"precision": "bf16-mixed", "epochs": 1, "limit_train_batches": 3},
+        {"scaler": 2.0**16, "epochs": 1, "limit_train_batches": 3},
+    ],
+    ids=lambda options: "-".join(options),
 )
-def test_also_when_steps_and_batches_are_not_one_to_one_and_when_weights_are_averaged(options):
+def test_also_where_steps_are_of_several_batches_weights_averaged_and_precision_or_clipping_others(options):
+    if scale := options.pop("scaler", None):
+        options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale))]
     approach, data = fit(**options)
     control = _Control(approach, approach._see)
     approach._train_controls({"itself": control}, data)
@@ -135,6 +148,20 @@ def test_on_cached_features_it_trains_and_compares_what_needs_no_pictures():
     assert "no picture (grey), its map" in whats
     assert "a random encoder, its map" not in whats
     assert "needs pictures" in measured["note"]
+
+
+def test_a_comparison_that_fails_leaves_its_rows_out_and_the_rest_stands(run, measured, monkeypatch):
+    approach, data = run
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(approach, "_train_controls", fails)
+    task = approach.measure(data)
+    compared = {"a random encoder, its map", "no picture (grey), its map"}
+    assert task["rows"] == [row for row in measured["rows"] if row["what"] not in compared]
+    assert "CUDA out of memory" in task["note"]
+    assert task["captions"] == measured["captions"]
 
 
 def test_nothing_held_out_is_nothing_measured():

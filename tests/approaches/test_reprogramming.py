@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from torch.utils.data import Dataset, Subset
 
 from wlsup.approaches.reprogramming import ReprogrammingApproach
@@ -68,7 +69,8 @@ def taught(approach, steps):
 def attach(approach, steps, epochs=1):
     approach._trainer = SimpleNamespace(
         global_step=steps, current_epoch=epochs, estimated_stepping_batches=max(steps, 2), gradient_clip_val=1.0,
-        world_size=1, accumulate_grad_batches=1, datamodule=SimpleNamespace(batch_size=8),
+        gradient_clip_algorithm=None, precision_plugin=Precision(), world_size=1, accumulate_grad_batches=1,
+        datamodule=SimpleNamespace(batch_size=8),
     )  # fmt: skip
 
 
@@ -99,7 +101,7 @@ def test_the_measure_compares_with_chance_no_program_and_a_random_network_of_the
     after, calls = approach.net.program.weight.detach().clone(), []
     monkeypatch.setattr(
         "wlsup.approaches.reprogramming.train_alike",
-        lambda parts, plan, optimizer, trainer, ema, loss, after: calls.append(
+        lambda parts, plan, optimizer, trainer, ema, losses, after: calls.append(
             (parts[0].weight.clone(), trainer.global_step)
         ),
     )
@@ -114,6 +116,20 @@ def test_the_measure_compares_with_chance_no_program_and_a_random_network_of_the
     assert torch.equal(approach.net.program.weight, after)
     (start, steps), = calls  # fmt: skip
     assert (float(start.abs().max()), steps) == (0.0, 3)
+
+
+def test_a_random_network_that_cannot_be_trained_costs_no_other_row(prepared, monkeypatch):
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    approach, data = prepared
+    monkeypatch.setattr("wlsup.approaches.reprogramming.train_alike", fails)
+    attach(approach, 3)
+    task = approach.eval().measure(data)
+    assert [row["what"].split(":")[0] for row in task["rows"]] == [
+        "this program", "no program, a grey frame", "the classifier itself",
+    ]  # fmt: skip
+    assert "left out (OutOfMemoryError: CUDA out of memory.)" in task["note"]
 
 
 def test_the_program_measured_is_the_one_chosen_on_held_out_training_pictures(prepared):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
 from wlsup.ranks import global_sum, mean_over_ranks, processes
 from wlsup.reprogramming.classifier import FrozenClassifier
-from wlsup.reprogramming.control import train_alike
+from wlsup.reprogramming.control import compared, train_alike
 from wlsup.reprogramming.cross_modal import (
     PatchProgram,
     TextProgramSpec,
@@ -145,7 +146,7 @@ class CrossModalReprogramming(Approach):
         self.net = self._around(vision)
         self._initial = {n: p.detach().clone() for n, p in self._trained(self.net).named_parameters()}
         self._seen: list[list[str]] = []  # captions of each micro-batch, of all processes
-        self._gathered = 0
+        self._ends: list[int] = []  # how many micro-batches there were when each epoch ended
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -208,8 +209,11 @@ class CrossModalReprogramming(Approach):
             right = {f"this program, {self.program_spec.space} space": self._right(self.net, captions)}
             if self.compare and self._seen:
                 source = eval_set_of(datamodule, self.source, self.labels, "model.labels")
-                right["the same program, a random network"] = self._right(self._random_network(source), captions)
-                note = f"This program against the random network's: {paired_points(*right.values())}. "
+                random, failed = compared(lambda: self._right(self._random_network(source), captions))
+                note = f"{failed}. "
+                if random is not None:
+                    right["the same program, a random network"] = random
+                    note = f"This program against the random network's: {paired_points(*right.values())}. "
         rows = [
             {
                 "what": what,
@@ -308,10 +312,19 @@ class CrossModalReprogramming(Approach):
         world, _ = processes()
         if self.compare and world > 1:
             everyones: list[list[list[str]]] = [[] for _ in range(world)]
-            dist.all_gather_object(everyones, self._seen[self._gathered :])
+            begin = self._ends[-1] if self._ends else 0
+            dist.all_gather_object(everyones, self._seen[begin:])
             joined = zip(*everyones, strict=True)
-            self._seen[self._gathered :] = [[text for part in parts for text in part] for parts in joined]
-        self._gathered = len(self._seen)
+            self._seen[begin:] = [[text for part in parts for text in part] for parts in joined]
+        self._ends.append(len(self._seen))
+
+    def _steps(self, parts: int) -> list[list[list[str]]]:
+        """Return the captions of each step: of ``parts`` micro-batches, or as many as were left when an epoch ended."""
+        spans = zip([0, *self._ends], [*self._ends, len(self._seen)], strict=True)
+        return [self._seen[i : min(i + parts, end)] for begin, end in spans for i in range(begin, end, parts)]
+
+    def _loss(self, net: ReprogrammedReader, captions: list[str]) -> Tensor:
+        return self._losses(net, captions)["loss"]
 
     @staticmethod
     def _trained(net: ReprogrammedReader) -> nn.ModuleDict:
@@ -320,9 +333,7 @@ class CrossModalReprogramming(Approach):
     def _random_network(self, source: Any) -> ReprogrammedReader:
         """Train the same program for a random network, from the same start on the same captions."""
         trainer, cuda = self.trainer, [self.device] if self.device.type == "cuda" else []
-        parts_of_a_step = trainer.accumulate_grad_batches
-        starts = range(0, len(self._seen), parts_of_a_step)
-        steps = [[text for part in self._seen[i : i + parts_of_a_step] for text in part] for i in starts]
+        steps = self._steps(trainer.accumulate_grad_batches)
         _log.info("training the same program for a random network, %d steps", trainer.global_step)
         with torch.enable_grad(), torch.random.fork_rng(devices=cuda):
             torch.manual_seed(0)
@@ -338,6 +349,6 @@ class CrossModalReprogramming(Approach):
                 trainer,
                 self.regularizer.spec.ema,
                 # A resumed run no longer has the captions from before: it goes round those that it has.
-                lambda step: self._losses(net, steps[step % len(steps)])["loss"],
+                lambda step: [partial(self._loss, net, captions) for captions in steps[step % len(steps)]],
             )
         return net.eval()

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -17,7 +18,6 @@ from wlsup.batch import CaptionBatch, VisionOutput
 from wlsup.models.language import GenerationSpec, LanguageModel, LanguageSpec
 from wlsup.models.prefix import ImagePrefix, PrefixSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
-from wlsup.moving_average import MovingAverage
 from wlsup.objectives.captioning import prefix_captioning_loss
 from wlsup.objectives.held_out_captions import (
     PROTOCOL,
@@ -32,8 +32,9 @@ from wlsup.objectives.held_out_captions import (
     said_lines,
 )
 from wlsup.objectives.regularizers import RegularizerSpec
-from wlsup.optim import OptimizerSpec, build_optimizer, build_schedule
+from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
+from wlsup.reprogramming.control import StepsAlike, compared
 
 __all__ = ["LinearMap"]
 
@@ -116,8 +117,7 @@ class LinearMap(Approach):
 
     def losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
         """Captioning behind the mapped picture."""
-        captions = self.language.tokenizer(batch.captions, device=batch.images.device)
-        loss = prefix_captioning_loss(self.language, self.prefix(self._see(batch), self.encoder.grid_size), captions)
+        loss = self._loss(self.prefix, self._see, batch)
         return {"loss": loss, "captioning": loss}
 
     def kept(self, images: Tensor) -> VisionOutput:
@@ -148,9 +148,11 @@ class LinearMap(Approach):
         if not held_out:
             return {}
         with torch.inference_mode(False):
-            controls = self._controls(pictures=held_out[0].encoded is None) if self.compare else {}
-            if controls:
-                self._train_controls(controls, datamodule)
+            controls, failed = {}, ""
+            if self.compare:
+                pictures = held_out[0].encoded is None
+                trained, failed = compared(lambda: self._train_controls(self._controls(pictures), datamodule))
+                controls = trained or {}
             untrained = copy.deepcopy(self.prefix)
             untrained.load_state_dict(self._initial)
             own = self._held_out(self.prefix, self._see, held_out)
@@ -176,6 +178,7 @@ class LinearMap(Approach):
                         if held_out[0].encoded is None
                         else ["a random encoder: needs pictures, and features are cached"]
                     ),
+                    *filter(None, [failed]),
                     *said_lines(captions),
                 ]
             ),
@@ -214,22 +217,27 @@ class LinearMap(Approach):
         views["no picture (grey), its map"] = see_grey
         return {what: _Control(self, see) for what, see in views.items()}
 
-    def _train_controls(self, controls: dict[str, _Control], datamodule: Any) -> None:
-        """Take the run's steps, on the run's batches, with other maps."""
+    def _train_controls(self, controls: dict[str, _Control], datamodule: Any) -> dict[str, _Control]:
+        """Take the run's steps, on the run's batches, with other maps; return them."""
         trainer, chunk = self.trainer, datamodule.batch_size
         _log.info("training %d maps to compare with, %d steps each", len(controls), trainer.global_step)
+        parts_of_a_step = (
+            trainer.accumulate_grad_batches * trainer.world_size
+        )  # also where an epoch's last step has less
         with torch.enable_grad(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             for step, batches in enumerate(islice(_run_batches(trainer, datamodule), trainer.global_step)):
                 for control in controls.values():
                     torch.manual_seed(step)  # of the dropout, alike for all
-                    parts = [part for batch in batches for part in _split(batch.to(self.device), chunk)]
-                    for part in parts:
-                        captions = self.language.tokenizer(part.captions, device=self.device)
-                        front = control.map(control.see(part), self.encoder.grid_size)
-                        (prefix_captioning_loss(self.language, front, captions) / len(parts)).backward()
-                    control.step(trainer.gradient_clip_val)
+                    for part in (part for batch in batches for part in _split(batch.to(self.device), chunk)):
+                        control.steps.add(partial(self._loss, control.map, control.see, part), of=parts_of_a_step)
+                    control.steps.step()
         for control in controls.values():
-            control.average.show()
+            control.steps.average.show()
+        return controls
+
+    def _loss(self, prefix: ImagePrefix, see: _See, batch: CaptionBatch) -> Tensor:
+        captions = self.language.tokenizer(batch.captions, device=self.device)
+        return prefix_captioning_loss(self.language, prefix(see(batch), self.encoder.grid_size), captions)
 
 
 class _Control:
@@ -244,21 +252,9 @@ class _Control:
         self.see = see
         self.map = copy.deepcopy(approach.prefix)
         self.map.load_state_dict(approach._initial)
-        self.map.requires_grad_(True).train()
-        groups = TrainPlan([Train("*", approach.lr, approach.weight_decay)]).parameter_groups(self.map)
-        self.optimizer = build_optimizer(approach.optimizer_spec, groups)
-        steps = int(approach.trainer.estimated_stepping_batches)
-        self.schedule = build_schedule(approach.optimizer_spec, self.optimizer, steps)
-        self.average = MovingAverage(self.map.parameters(), approach.regularizer.spec.ema)
-
-    def step(self, clip: float | None) -> None:
-        """Take one step with the gradients that are there."""
-        if clip:
-            nn.utils.clip_grad_norm_(self.map.parameters(), clip)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        self.average.update()
+        self.map.train()
+        plan, ema = TrainPlan([Train("*", approach.lr, approach.weight_decay)]), approach.regularizer.spec.ema
+        self.steps = StepsAlike(self.map, plan, approach.optimizer_spec, approach.trainer, ema)
 
 
 def _run_batches(trainer: Any, datamodule: Any) -> Iterator[list[CaptionBatch]]:

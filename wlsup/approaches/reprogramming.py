@@ -19,7 +19,7 @@ from wlsup.objectives.regularizers import RegularizerSpec
 from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
 from wlsup.reprogramming.classifier import FrozenClassifier
-from wlsup.reprogramming.control import train_alike
+from wlsup.reprogramming.control import compared, train_alike
 from wlsup.reprogramming.input import InputProgram, InputSpec
 from wlsup.reprogramming.label_map import LabelMap, LabelMapSpec, build_label_map
 from wlsup.reprogramming.pictures import LabelledPart, eval_set_of, fit_classifier, paired_points, split_train
@@ -181,9 +181,11 @@ class ReprogrammingApproach(Approach):
             right, labels = self._right(self.net, test)
             rows = [_row(f"this program: {task.name}", right, labels)]
             if self.compare:
-                random, _ = self._right(self._random_network(source), test)
-                rows.append(_row(f"the same program, a random network: {task.name}", random, labels))
-                note = f"This program against the random network's: {paired_points(right, random)}. "
+                random, failed = compared(lambda: self._right(self._random_network(source), test)[0])
+                note = f"{failed}. "
+                if random is not None:
+                    rows.append(_row(f"the same program, a random network: {task.name}", random, labels))
+                    note = f"This program against the random network's: {paired_points(right, random)}. "
             self._load(self.net, self._initial)
             rows.append(_row(f"no program, a grey frame: {task.name}", *self._right(self.net, test)))
             self._load(self.net, last)
@@ -269,7 +271,7 @@ class ReprogrammingApproach(Approach):
             net.requires_grad_(False)
             fit_classifier(net.classifier, source, self.probe_pictures, self.device)
             net.assign()
-            count = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+            count = trainer.datamodule.batch_size * trainer.world_size
             every = max(trainer.global_step // max(trainer.current_epoch, 1), 1)
             best: list[tuple[float, dict[str, Tensor]]] = []
 
@@ -285,7 +287,7 @@ class ReprogrammingApproach(Approach):
                 self.optimizer_spec,
                 trainer,
                 self.regularizer.spec.ema,
-                lambda step: self._losses(net, count)["loss"],
+                lambda step: [lambda: self._losses(net, count)["loss"]] * trainer.accumulate_grad_batches,
                 choose_at_epoch_end,
             )
             if best:
