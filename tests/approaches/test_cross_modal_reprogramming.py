@@ -102,6 +102,11 @@ def test_classes_of_ones_own_and_more_of_them_than_labels():
         CrossModalReprogramming(classes=classes, label_map=LabelMapSpec(kind="fixed"))
 
 
+def test_a_penalty_of_patches_is_refused_where_there_are_none():
+    with pytest.raises(WlsupError, match="penalty is of program.space: input"):
+        CrossModalReprogramming(program=TextProgramSpec(space="token"), penalty=0.1)
+
+
 def test_the_random_network_gets_the_same_captions_and_the_same_start(monkeypatch):
     torch.manual_seed(5)
     approach, data = prepared()
@@ -143,8 +148,10 @@ def test_a_random_network_that_cannot_be_trained_costs_no_other_row(monkeypatch)
 def test_where_steps_are_of_several_micro_batches_so_are_those_of_the_random_network(monkeypatch):
     approach, data = prepared()
     approach.train()
-    for captions in (CAPTIONS[:2], CAPTIONS[2:4], CAPTIONS[:3], CAPTIONS[3:]):
-        approach.losses(batch(captions))
+    for _ in range(2):
+        for captions in (CAPTIONS[:2], CAPTIONS[2:4], CAPTIONS[:3]):  # three a epoch, and each epoch's end is a step's
+            approach.losses(batch(captions))
+        approach.on_train_epoch_end()
     seen = []
 
     def record(parts, plan, optimizer, trainer, ema, losses):
@@ -152,10 +159,10 @@ def test_where_steps_are_of_several_micro_batches_so_are_those_of_the_random_net
         seen.extend([loss() for loss in losses(step)] for step in range(trainer.global_step))
 
     monkeypatch.setattr("wlsup.approaches.cross_modal_reprogramming.train_alike", record)
-    approach._trainer = SimpleNamespace(global_step=2, accumulate_grad_batches=2)
+    approach._trainer = SimpleNamespace(global_step=4, accumulate_grad_batches=2)
     with torch.inference_mode():
         approach.eval().measure(data)
-    assert seen == [[CAPTIONS[:2], CAPTIONS[2:4]], [CAPTIONS[:3], CAPTIONS[3:]]]
+    assert seen == [[CAPTIONS[:2], CAPTIONS[2:4]], [CAPTIONS[:3]]] * 2
 
 
 def test_the_random_network_gets_the_captions_of_all_processes(monkeypatch):

@@ -50,6 +50,14 @@ def test_with_an_average_the_result_is_the_average_and_the_steps_are_the_same():
     assert abs(result - left) > 1e-3
 
 
+def test_a_step_of_fewer_batches_weighs_them_as_the_others_do_as_lightning_does():
+    part, gradients = nn.Linear(1, 1, bias=False), []
+    part.weight.register_hook(lambda gradient: gradients.append(float(gradient)))
+    plan, run = TrainPlan([Train("*", 0.1)]), trainer(steps=2, accumulate_grad_batches=2)
+    train_alike(part, plan, OptimizerSpec(), run, 0.0, lambda step: [lambda: part.weight.sum()] * (2 - step))
+    assert gradients == [0.5, 0.5, 0.5]
+
+
 def gradient_of_a_step(losses, **options):
     """Return the gradients with which one step is taken, of weights that begin at 1."""
     part, seen = nn.Linear(2, 1, bias=False), []
