@@ -7,8 +7,11 @@ import torch
 
 from wlsup.approaches.token_replay import TokenReplayApproach
 from wlsup.batch import CaptionBatch
+from wlsup.errors import WlsupError
 from wlsup.models.vision import VisionSpec, build_vision
+from wlsup.objectives.two_branch import ObjectiveSpec
 from wlsup.optim import build_optimizer
+from wlsup.reprogramming.conditioner import ReprogrammerSpec
 
 CAPTIONS = ["a red square", "a blue circle above a star", "green", "a small star left of a night"]
 
@@ -52,6 +55,22 @@ def test_gates_have_a_learning_rate_of_their_own_where_there_are_any():
 
     assert rates(TokenReplayApproach(lr=0.1, gate_lr=0.7)) == {"adapter.*.g": 0.7, "adapter.*": 0.1, "head.*": 0.1}
     assert rates(TokenReplayApproach(lr=0.1, gate="zero_up")) == {"adapter.*": 0.1, "head.*": 0.1}
+
+
+def test_a_reprogrammer_whose_tokens_nothing_replays_is_refused():
+    for options in ({"source": "image"}, {"objective": ObjectiveSpec(reconstruction_weight=0.0)}):
+        with pytest.raises(WlsupError, match="leave reprogrammer out"):
+            TokenReplayApproach(reprogrammer=ReprogrammerSpec(), **options)
+
+
+@pytest.mark.parametrize("source", ["both", "image"])
+def test_without_reconstruction_what_reads_captions_does_not_train(source):
+    approach = TokenReplayApproach(source=source, objective=ObjectiveSpec(reconstruction_weight=0.0))
+    approach.setup("fit")
+    approach.losses(batch_of_noise())["loss"].backward()
+    names = approach.plan.trained_names(approach)
+    reached = [name for name, parameter in approach.named_parameters() if parameter.grad is not None]
+    assert sorted(reached) == sorted(names)
 
 
 def test_it_is_called_ours():

@@ -210,6 +210,7 @@ class TestParallel:
         ({"caption_view": "half"}, "full, masked"),
         ({"mask_ratio": 1.0}, "mask_ratio"),
         ({"parallel_fraction": 1.5}, "parallel_fraction"),
+        ({"parallel_fraction": 0.5}, "is of captioning: parallel"),
         ({"captioning_weight": 0, "reconstruction_weight": 0}, "not both 0"),
         ({"captioning_weight": -1}, ">= 0"),
     ],

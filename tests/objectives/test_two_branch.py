@@ -73,6 +73,13 @@ def test_null_embedding_is_trained_by_the_contrastive_branch(parts):
     assert adapter.embedding.null.grad.abs().sum() > 0
 
 
+def test_options_of_a_branch_that_is_left_out_are_refused():
+    for unread in ({"caption_dropout": 0.1}, {"mask_ratio": 0.5}):
+        with pytest.raises(WlsupError, match=f"leave objective.{next(iter(unread))} out"):
+            ObjectiveSpec(reconstruction_weight=0.0, **unread)
+    assert ObjectiveSpec(reconstruction_weight=0.0, contrastive_view="masked", mask_ratio=0.5).mask_ratio == 0.5
+
+
 def test_caption_dropout_drops_the_share_it_names():
     kept = captions(torch.randn(4000, 12)).drop(0.3).present.float().mean()
     assert kept == pytest.approx(0.7, abs=0.03)

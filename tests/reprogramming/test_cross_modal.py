@@ -140,6 +140,21 @@ def test_a_base_image_is_a_picture_file(tmp_path):
             open_base_image(str(tmp_path / name), 8)
 
 
+@pytest.mark.parametrize(
+    ("space", "unread"),
+    [
+        ("input", {"slots": "append"}),
+        ("input", {"match": "none"}),
+        ("input", {"alpha": 0.5}),
+        ("token", {"alpha": 0.5, "base_image": "red.png"}),
+    ],
+    ids=str,
+)
+def test_an_option_that_the_space_does_not_read_is_refused(space, unread):
+    with pytest.raises(WlsupError, match=f"leave program.{next(iter(unread))} out"):
+        TextProgramSpec(space=space, **unread)
+
+
 @pytest.mark.parametrize("wrong", [{"space": "sound"}, {"slots": "between"}, {"match": "all"}, {"alpha": 0.0}], ids=str)
 def test_an_unknown_setting_is_refused(wrong):
     with pytest.raises(WlsupError):

@@ -40,6 +40,12 @@ def test_more_classes_than_labels_need_a_linear_map_of_the_probabilities():
     assert torch.allclose(linear(logits), linear(logits + 7), atol=1e-5)  # only probabilities count
 
 
+@pytest.mark.parametrize("unread", [{"per_class": 2}, {"order": "index"}, {"reduce": "mean"}], ids=str)
+def test_an_option_that_a_linear_map_does_not_read_is_refused(unread):
+    with pytest.raises(WlsupError, match="linear does not read it"):
+        LabelMapSpec(kind="linear", **unread)
+
+
 @pytest.mark.parametrize("wrong", [{"kind": "table"}, {"order": "up"}, {"reduce": "sum"}, {"per_class": 0}], ids=str)
 def test_an_unknown_setting_is_refused(wrong):
     with pytest.raises(WlsupError):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wlsup.approaches.base import Approach
 from wlsup.batch import CaptionBatch
+from wlsup.errors import WlsupError
 from wlsup.models.caption_tokens import load_tokenizer
 from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
 from wlsup.objectives.regularizers import RegularizerSpec
@@ -40,6 +41,9 @@ _log = logging.getLogger("wlsup")
 
 _CALIBRATION = 256
 """Pictures on which the statistics of patch tokens are measured."""
+
+_PENALTY = 1e-4
+"""The published factor, which says nothing in token space."""
 
 
 class ReprogrammedReader(nn.Module):
@@ -112,7 +116,8 @@ class CrossModalReprogramming(Approach):
         compare: also train the same program, on the same captions, for a random network of the same architecture.
 
     Raises:
-        WlsupError: classes without words, or a tokenizer, picture or label map that does not fit.
+        WlsupError: classes without words, a tokenizer, picture or label map that does not fit, or a penalty of patches
+            in token space.
     """
 
     name = "cross_modal_reprogramming"
@@ -131,11 +136,13 @@ class CrossModalReprogramming(Approach):
         optimizer: OptimizerSpec = OptimizerSpec(),
         regularizer: RegularizerSpec = RegularizerSpec(),
         lr: float = 1e-2,
-        penalty: float = 1e-4,
+        penalty: float = _PENALTY,
         probe_pictures: int = 5000,
         compare: bool = True,
     ) -> None:
         super().__init__(optimizer, regularizer)
+        if program.space == "token" and penalty not in (0, _PENALTY):
+            raise WlsupError("penalty is of program.space: input, whose patches it holds small: leave it out.")
         self.vision_spec, self.program_spec, self.label_map_spec = encoder, program, label_map
         self.source, self.labels, self.probe_pictures = source, labels, probe_pictures
         self.lr, self.penalty, self.compare = lr, penalty, compare

@@ -73,7 +73,6 @@ class Lit(Approach):
                 "objective.contrastive_view to full."
             )
         objective.refuse("micro_batch", because="lit keeps no activations of the encoder")
-        objective.refuse("caption_dropout", "mask_ratio", because="lit reads whole pictures alone")
         self.objective, self.lr, self.weight_decay = objective, lr, weight_decay
         self.mae, self.text, self.head = build_towers(encoder, decoder, text, objective)
         self._read: dict[str, Tensor] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -161,8 +160,7 @@ class SelectiveK(Approach):
     def losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
         """Contrast, and masked reconstruction where it has a weight."""
         if batch.encoded is not None:
-            contrastive = contrast(self.head, *self.embed(batch), self.objective, batch.keys)
-            return {"contrastive": contrastive, "loss": self.objective.contrastive_weight * contrastive}
+            return self._contrast_alone(batch)
         captions = self.text(batch.captions)
         return two_branch_losses(self.mae, self.head, batch.images, captions, self.objective, keys=batch.keys)
 
@@ -253,14 +251,17 @@ class SelectiveK(Approach):
             choose("group", name, names)
         return len(set(named))
 
+    def _contrast_alone(self, batch: CaptionBatch) -> dict[str, Tensor]:
+        loss = contrast(self.head, *self.embed(batch), self.objective, batch.keys)
+        return {"contrastive": loss, "loss": self.objective.contrastive_weight * loss}
+
     def _losses_to_score(self, batches: Iterable[CaptionBatch], parameters: list[Parameter]) -> Iterator[Tensor]:
         """Yield the loss of each batch, every parameter of the encoder trainable meanwhile.
 
         A fresh decoder's reconstruction says nothing of the encoder yet, and is left out where there is another loss.
         """
-        own = self.objective
-        if own.contrastive_weight and not self.mae.decoder_pretrained:
-            self.objective = replace(own, reconstruction_weight=0.0)
+        alone = self.objective.contrastive_weight and not self.mae.decoder_pretrained
+        losses = self._contrast_alone if alone else self.losses
         before = [parameter.requires_grad for parameter in parameters]
         self.eval()
         self.head.train()  # as in training, where it says whether the view is masked
@@ -271,9 +272,8 @@ class SelectiveK(Approach):
             for position, batch in enumerate(batches):
                 with torch.random.fork_rng(devices=cuda), shared(self.selection_seed + position):
                     torch.manual_seed(self.selection_seed + position)
-                    yield self.losses(batch.to(self.device))["loss"]
+                    yield losses(batch.to(self.device))["loss"]
         finally:
-            self.objective = own
             self.head.eval()
             for parameter, required in zip(parameters, before, strict=True):
                 parameter.requires_grad_(required)

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from wlsup.adapters.token_replay import TokenReplay
 from wlsup.approaches.base import Approach
 from wlsup.batch import CaptionBatch
+from wlsup.errors import WlsupError
 from wlsup.models.mae import DecoderSpec
 from wlsup.models.text import TextSpec
 from wlsup.models.vision import VisionEncoder, VisionSpec
@@ -53,6 +54,9 @@ class TokenReplayApproach(Approach):
         reprogrammer: replay tokens that a reprogrammer makes of captions, learned from nothing, in place of the text
             encoder's tokens (ours); null: the text encoder's.
         train_decoder: whether MAE's decoder trains, where it is used; by default only if it has no pretrained weights.
+
+    Raises:
+        WlsupError: a reprogrammer whose tokens would never be replayed.
     """
 
     name = "token_replay"
@@ -83,6 +87,11 @@ class TokenReplayApproach(Approach):
     ) -> None:
         super().__init__(optimizer, regularizer)
         self.objective, self.lr, self.weight_decay, self.gate_lr = objective, lr, weight_decay, gate_lr
+        if reprogrammer is not None and (source == "image" or not objective.reconstruction_weight):
+            raise WlsupError(
+                "a reprogrammer's tokens are replayed in the reconstruction branch alone, and not with source image: "
+                "leave reprogrammer out, or set source to both and objective.reconstruction_weight above 0."
+            )
         self.mae, self.text, self.head = build_towers(encoder, decoder, text, objective)
         self.reprogrammer = None if reprogrammer is None else CaptionReprogrammer(self.encoder, reprogrammer)
         self.adapter = TokenReplay(
@@ -110,10 +119,12 @@ class TokenReplayApproach(Approach):
 
     @property
     def plan(self) -> TrainPlan:
-        """The adapter and the heads train; the encoder never does."""
+        """The adapter and the heads train, but for what no loss reaches; the encoder never does."""
         decoder = [Freeze("mae.decoder.pos_embed"), Train("mae.decoder.*", self.lr, self.weight_decay)]
+        told = bool(self.objective.reconstruction_weight)
         return TrainPlan(
             [
+                *([] if told else [Freeze("adapter.caption_reader.*", optional=True)]),
                 Train("adapter.*.g", self.gate_lr, optional=True),
                 Train("adapter.*", self.lr, self.weight_decay),
                 Train("reprogrammer.*", self.lr, optional=True),

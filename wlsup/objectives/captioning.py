@@ -48,7 +48,7 @@ class CaptioningSpec:
         parallel_fraction: probability with which a caption is predicted all at once, in [0, 1]; with "parallel".
 
     Raises:
-        WlsupError: a value out of its range.
+        WlsupError: a value out of its range, or an option that the captioning does not read.
     """
 
     captioning: Literal["prefix", "parallel"] = "prefix"
@@ -65,6 +65,8 @@ class CaptioningSpec:
             raise WlsupError(f"mask_ratio must be in [0, 1), not {self.mask_ratio}.")
         if not 0 <= self.parallel_fraction <= 1:
             raise WlsupError(f"parallel_fraction must be in [0, 1], not {self.parallel_fraction}.")
+        if self.captioning == "prefix" and self.parallel_fraction != CaptioningSpec.parallel_fraction:
+            raise WlsupError("objective.parallel_fraction is of captioning: parallel: set that, or leave it out.")
         if min(self.captioning_weight, self.reconstruction_weight) < 0 or not (
             self.captioning_weight or self.reconstruction_weight
         ):

@@ -43,6 +43,9 @@ class ObjectiveSpec:
         projection_width: channels of the shared image-text space.
         micro_batch: encode so many pictures at a time, in their memory, for the same loss over the whole batch, by a
             second forward pass (see `wlsup.objectives.micro_batches`); None: all at once.
+
+    Raises:
+        WlsupError: a value out of its range, a null condition that nothing trains, or an option that no branch reads.
     """
 
     contrastive: Literal["infonce", "siglip"] = "infonce"
@@ -70,6 +73,10 @@ class ObjectiveSpec:
             )
         if self.micro_batch is not None and self.micro_batch < 1:
             raise WlsupError(f"micro_batch must be at least 1, or none, not {self.micro_batch}.")
+        if not self.reconstruction_weight:
+            self.refuse("caption_dropout", because="with reconstruction_weight 0 no caption is told")
+            if self.contrastive_view == "full":
+                self.refuse("mask_ratio", because="with reconstruction_weight 0 and the full view nothing is masked")
 
     def refuse(self, *options: str, because: str) -> None:
         """Refuse options that an approach does not read and that are set.

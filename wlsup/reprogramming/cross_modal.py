@@ -37,6 +37,9 @@ class TextProgramSpec:
             channel by channel; "none" leaves them in (-1, 1).
         tokenizer: "mini", a hub id or a local folder of a causal language model's tokenizer.
         max_length: captions are cut to this many tokens, and to the number of patches.
+
+    Raises:
+        WlsupError: an unknown choice, a value out of its range, or an option that the space does not read.
     """
 
     space: Literal["input", "token"] = "input"
@@ -53,6 +56,15 @@ class TextProgramSpec:
         choose("match of the program", self.match, _MATCHES)
         if not 0 < self.alpha <= 1:
             raise WlsupError(f"program.alpha must be above 0 and at most 1, not {self.alpha}.")
+        if self.space == "input":
+            self._refuse("slots", "match", because="is of program.space: token")
+        if self.space == "token" or self.base_image is None:
+            self._refuse("alpha", because="is of program.space: input with a program.base_image")
+
+    def _refuse(self, *options: str, because: str) -> None:
+        for option in options:
+            if getattr(self, option) != getattr(TextProgramSpec, option):
+                raise WlsupError(f"program.{option} {because}: set that, or leave program.{option} out.")
 
 
 class PatchProgram(nn.Module):

@@ -27,6 +27,9 @@ class LabelMapSpec:
         order: labels are given out by their logit on the base picture, "ascending" (Neekhara et al.: what the picture
             does not already look like) or "descending", or by "index" (Elsayed et al.).
         reduce: a class's logit is the "max" or "mean" over its labels.
+
+    Raises:
+        WlsupError: an unknown choice, a value out of its range, or an option that the kind does not read.
     """
 
     kind: Literal["auto", "fixed", "linear"] = "auto"
@@ -40,6 +43,9 @@ class LabelMapSpec:
         choose("reduction of the label map", self.reduce, _REDUCTIONS)
         if self.per_class < 1:
             raise WlsupError(f"label_map.per_class must be at least 1, not {self.per_class}.")
+        for option in ("per_class", "order", "reduce") if self.kind == "linear" else ():
+            if getattr(self, option) != getattr(LabelMapSpec, option):
+                raise WlsupError(f"label_map.{option} is of kind: fixed; linear does not read it: leave it out.")
 
 
 class LabelMap(nn.Module):
