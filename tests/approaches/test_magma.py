@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from wlsup.adapters.language import LanguageAdapterSpec
+from wlsup.approaches.linear_map import LinearMap
+from wlsup.approaches.mae_lm import MaeLM
 from wlsup.approaches.magma import Magma
+from wlsup.approaches.magma_moe import MagmaMoE
 from wlsup.batch import CaptionBatch
 from wlsup.data.datamodule import CaptionDataModule
 from wlsup.errors import WlsupError
@@ -240,5 +243,9 @@ class TestMeasure:
 def test_no_room_for_the_captions_is_refused():
     with pytest.raises(WlsupError, match=r"need \d+ positions"):
         Magma(language=LanguageSpec(max_length=80), prefix=PrefixSpec())
-    with pytest.raises(WlsupError, match=r"Lower generation.max_tokens"):
-        Magma(generation=GenerationSpec(max_tokens=80), prefix=PrefixSpec())
+
+
+@pytest.mark.parametrize("captioner", [Magma, MagmaMoE, LinearMap, MaeLM])
+def test_no_room_for_what_is_generated_is_refused_before_anything_trains(captioner):
+    with pytest.raises(WlsupError, match=r"need \d+ positions.*Lower generation.max_tokens"):
+        captioner(generation=GenerationSpec(max_tokens=80))

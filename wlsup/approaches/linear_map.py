@@ -91,7 +91,7 @@ class LinearMap(Approach):
         self.vision = build_vision(encoder)
         self.language = LanguageModel(language)
         self.prefix = ImagePrefix(self.encoder.embed_dim, self.language.width, prefix)
-        self.language.check_length(self.prefix.positions(self.encoder.grid_size))
+        self.language.check_length(self.prefix.positions(self.encoder.grid_size), generation)
         # Where the maps that this one is compared to begin; not a parameter of the run.
         self._initial = {name: tensor.clone() for name, tensor in self.prefix.state_dict().items()}
 

@@ -86,7 +86,7 @@ class MaeLM(Approach):
             self.tokenizer: CaptionTokenizer = self.language.tokenizer
             self.prefix = ImagePrefix(self.encoder.embed_dim, self.language.width, prefix)
             # Also where training sees less: k-NN's and `caption`'s pictures are whole.
-            self.language.check_length(self.prefix.positions(self.encoder.grid_size))
+            self.language.check_length(self.prefix.positions(self.encoder.grid_size), generation)
         else:
             self.tokenizer = load_tokenizer(language.weights, language.max_length)
             self.captioner = CaptionDecoder(
