@@ -221,7 +221,7 @@ class LinearMap(Approach):
         """Take the run's steps, on the run's batches, with other maps; return them."""
         trainer, chunk = self.trainer, datamodule.batch_size
         _log.info("training %d maps to compare with, %d steps each", len(controls), trainer.global_step)
-        parts_of_a_step = trainer.accumulate_grad_batches * trainer.world_size  # also of an epoch's last, which has less
+        parts_of_a_step = trainer.accumulate_grad_batches * trainer.world_size  # of an epoch's last too
         with torch.enable_grad(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             for step, batches in enumerate(islice(_run_batches(trainer, datamodule), trainer.global_step)):
                 for control in controls.values():
