@@ -9,7 +9,7 @@ import torch
 from wlsup.approaches import approach_class
 from wlsup.data.datamodule import CaptionDataModule
 from wlsup.data.dataset import CaptionDataset
-from wlsup.data.feature_cache import FeatureCache
+from wlsup.data.feature_cache import FeatureCache, _free_bytes
 from wlsup.data.transforms import EvalTransform
 from wlsup.errors import WlsupError
 from wlsup.models.prefix import PrefixSpec
@@ -192,6 +192,55 @@ def test_more_than_fits_into_memory_is_refused(lit, monkeypatch):
     monkeypatch.setattr("wlsup.data.feature_cache._free_bytes", lambda: 1000)
     with pytest.raises(WlsupError, match=r"data\.pairs"):
         data_for(lit).train_dataloader()
+
+
+def test_every_process_of_the_machine_keeps_its_own(lit, monkeypatch):
+    dataset = plain_dataset(data_for(lit))
+    needed = 4 * len(dataset) * lit.encoder.embed_dim
+    monkeypatch.setattr("wlsup.data.feature_cache._free_bytes", lambda: 2 * needed)
+    FeatureCache().fill(dataset, lit.eval().encoder, "cpu", processes=1)
+    with pytest.raises(WlsupError, match="in each of 2 processes"):
+        FeatureCache().fill(dataset, lit.eval().encoder, "cpu", processes=2)
+    data = data_for(lit)
+    data.trainer.num_devices = 2
+    with pytest.raises(WlsupError, match="in each of 2 processes"):
+        data.train_dataloader()
+    monkeypatch.setattr("wlsup.data.feature_cache._free_bytes", lambda: None)  # not known: not refused
+    FeatureCache().fill(dataset, lit.eval().encoder, "cpu", processes=2)
+
+
+def machine(folder, monkeypatch, membership, **files):
+    """A stand-in for /proc and /sys/fs/cgroup, of which 6 GiB are free and 9 are available."""
+    for name, text in {"meminfo": "MemFree: 6291456 kB\nMemAvailable: 9437184 kB\n", "cgroup": membership}.items():
+        (folder / name).write_text(text)
+    for name, text in files.items():
+        path = folder / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for name, file in (("_MEMORY", "meminfo"), ("_MEMBERSHIP", "cgroup"), ("_GROUPS", "groups")):
+        monkeypatch.setattr(f"wlsup.data.feature_cache.{name}", folder / file)
+    return _free_bytes()
+
+
+GIB = 2**30
+
+
+def test_free_memory_counts_files_kept_at_hand_and_heeds_the_control_groups_limits(tmp_path, monkeypatch):
+    assert machine(tmp_path, monkeypatch, "0::/\n") == 9 * GIB
+    stat = f"anon 5\ninactive_file {GIB}\n"
+    two = {"job/memory.max": f"{8 * GIB}", "job/memory.current": f"{6 * GIB}", "job/memory.stat": stat}
+    step = {"job/step/memory.max": "max\n", "job/step/memory.current": "7", "job/step/memory.stat": stat}
+    assert machine(tmp_path, monkeypatch, "0::/job/step\n", **two, **step) == 3 * GIB  # a parent's limit holds
+    one = {"limit_in_bytes": 4 * GIB, "usage_in_bytes": 3 * GIB, "stat": f"total_inactive_file {GIB}\ninactive_file 0"}
+    one = {f"memory/memory.{name}": f"{value}" for name, value in one.items()}
+    membership = "3:cpu,cpuacct:/x\n2:hugetlb,memory:/seen/from/outside\n0::/\n"
+    assert machine(tmp_path, monkeypatch, membership, **one) == 2 * GIB
+
+
+def test_where_nothing_says_how_much_is_free_nothing_is_refused(tmp_path, monkeypatch):
+    for name in ("_MEMORY", "_MEMBERSHIP"):
+        monkeypatch.setattr(f"wlsup.data.feature_cache.{name}", tmp_path / "lacking")
+    assert _free_bytes() is None
 
 
 @pytest.mark.parametrize("name", ["full", "film"])

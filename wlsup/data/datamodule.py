@@ -237,7 +237,8 @@ class CaptionDataModule(KeyedDataModule):
             dataset = CaptionDataset(
                 source.keys, source.captions, source.pictures, EvalTransform(spec), spec, self.seed
             )
-            cache = cache_of(module, dataset, self.batch_size, self.num_workers, self.note, self.patience)
+            local = getattr(self.trainer, "num_devices", 1)
+            cache = cache_of(module, dataset, self.batch_size, self.num_workers, self.note, self.patience, local)
             self._caches[part] = owner, CachedDataset(cache, dataset, training=part == "train")
         return self._caches[part][1]
 

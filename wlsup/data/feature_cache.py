@@ -7,8 +7,8 @@ is still drawn anew each epoch.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,8 @@ __all__ = ["CachedDataset", "FeatureCache", "cache_of", "what_is_kept"]
 _log = logging.getLogger("wlsup.data")
 
 Encode = Callable[[Tensor], VisionOutput]
+
+_MEMORY, _MEMBERSHIP, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class FeatureCache:
@@ -56,6 +58,7 @@ class FeatureCache:
         num_workers: int = 0,
         note: Callable[[Any], None] | None = None,
         patience: float = PATIENCE,
+        processes: int = 1,
     ) -> None:
         """Encode every picture that can be read.
 
@@ -67,6 +70,7 @@ class FeatureCache:
             num_workers: processes that read pictures.
             note: called with each batch, to count what could not be read.
             patience: seconds to wait for one batch.
+            processes: how many share this machine's memory, each with a cache of its own.
 
         Raises:
             WlsupError: the features would not fit into memory.
@@ -76,7 +80,7 @@ class FeatureCache:
         for batch in make_loader(dataset, sampler, batch_size, num_workers, note, patience):
             output = encode(batch.images.to(device))
             if self._pooled is None:
-                self._make(len(dataset), output)
+                self._make(len(dataset), output, processes)
             stop = done + len(batch)
             self._pooled[done:stop] = output.pooled
             if self._tokens is not None:
@@ -93,13 +97,14 @@ class FeatureCache:
         tokens = pooled.new_empty(len(index), 0, pooled.shape[-1]) if self._tokens is None else self._tokens[index]
         return VisionOutput(pooled, tokens, self._prefix)
 
-    def _make(self, count: int, output: VisionOutput) -> None:
+    def _make(self, count: int, output: VisionOutput, processes: int) -> None:
         values = output.pooled[0].numel() + (output.tokens[0].numel() if self.keep == "tokens" else 0)
-        needed, free = 4 * count * values, _free_bytes()
-        if needed > 0.8 * free:
+        needed, free = 4 * count * values * processes, _free_bytes()
+        if free is not None and needed > 0.8 * free:
+            each = f" in each of {processes} processes" if processes > 1 else ""
             raise WlsupError(
-                f"data.cache_features would keep {needed / 2**30:.1f} GiB for {count:,} pictures, and "
-                f"{free / 2**30:.1f} GiB of memory are free. Use fewer pairs (data.pairs), or set "
+                f"data.cache_features would keep {needed / processes / 2**30:.1f} GiB for {count:,} pictures{each}, "
+                f"and {free / 2**30:.1f} GiB of memory are free. Use fewer pairs (data.pairs), or set "
                 "data.cache_features to false."
             )
         self._pooled = torch.empty(count, *output.pooled.shape[1:])
@@ -114,6 +119,7 @@ def cache_of(
     num_workers: int,
     note: Callable[[Any], None],
     patience: float = PATIENCE,
+    processes: int = 1,
 ) -> FeatureCache:
     """Fill a cache with what an approach reads of a data set's pictures.
 
@@ -124,6 +130,7 @@ def cache_of(
         num_workers: processes that read pictures.
         note: called with each batch, to count what could not be read.
         patience: seconds to wait for one batch.
+        processes: how many on this machine do the same.
 
     Raises:
         WlsupError: there is no approach, it changes its encoder, or it needs the pictures themselves.
@@ -141,7 +148,7 @@ def cache_of(
     training = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        cache.fill(dataset, what_is_kept(module), module.device, batch_size, num_workers, note, patience)
+        cache.fill(dataset, what_is_kept(module), module.device, batch_size, num_workers, note, patience, processes)
     finally:
         for part, was in training:
             part.training = was
@@ -195,5 +202,29 @@ class CachedDataset:
         return captions[int(keyed_random(self.seed, epoch, self.keys[index], "caption").random() * len(captions))]
 
 
-def _free_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _free_bytes() -> int | None:
+    """Return the memory that can still be taken, files that are only kept at hand not counted; None: not known here."""
+    return min((*_left_on_the_machine(), *_left_to_the_groups()), default=None)
+
+
+def _left_on_the_machine() -> Iterator[int]:
+    for line in _MEMORY.read_text().splitlines() if _MEMORY.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            yield 1024 * int(line.split()[1])
+
+
+def _left_to_the_groups() -> Iterator[int]:
+    """Yield what each control group that this process is in, of version 2 or 1, may still take."""
+    for line in _MEMBERSHIP.read_text().splitlines() if _MEMBERSHIP.is_file() else ():
+        _, controllers, own = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = _GROUPS / "memory" if controllers else _GROUPS
+        names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        group = top / own.lstrip("/")
+        for place in (group, *group.parents)[: len(group.parts) - len(top.parts) + 1]:
+            limit, used = (place / f"memory.{name}" for name in names)
+            if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+                facts = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                cached = facts.get("total_inactive_file", facts.get("inactive_file", 0))
+                yield max(int(most) - int(used.read_text()) + int(cached), 0)
