@@ -1,5 +1,7 @@
 """What the table of a captioner promises: nats a token, a paired interval, somebody else's picture."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,11 +11,12 @@ from wlsup.models.language import GenerationSpec, LanguageModel, LanguageSpec
 from wlsup.objectives.held_out_captions import (
     CaptionLosses,
     caption_losses,
+    captioner_task,
     generated_captions,
     interval,
     likelier_row,
     loss_rows,
-    next_picture,
+    next_pictures,
 )
 
 CAPTIONS = ["a red square left of a circle", "a kite", "a large blue dome on sand"]
@@ -55,10 +58,33 @@ def test_likelier_counts_strictly():
     assert row["chance"] == 50
 
 
-def test_the_next_picture_is_another_pairs():
-    seen = VisionOutput(torch.arange(3.0)[:, None], torch.arange(3.0)[:, None, None])
-    moved = next_picture(seen)
-    assert moved.pooled.flatten().tolist() == moved.tokens.flatten().tolist() == [2.0, 0.0, 1.0]
+def numbered(batch):
+    """Each picture as the number that its pair's key ends in."""
+    numbers = torch.tensor([float(key[1:]) for key in batch.keys])
+    return VisionOutput(numbers[:, None], numbers[:, None, None])
+
+
+def test_the_next_picture_is_another_pairs_also_in_a_last_batch_of_one():
+    three, one = pairs(CAPTIONS), CaptionBatch(torch.zeros(1, 3, 8, 8), ["a dome"], ["k3"])
+    see = next_pictures(numbered)
+    moved = [see(batch) for batch in (three, one)]
+    assert [seen.pooled.flatten().tolist() for seen in moved] == [[2.0, 0.0, 1.0], [0.0]]
+    assert [seen.tokens.flatten().tolist() for seen in moved] == [[2.0, 0.0, 1.0], [0.0]]
+
+
+def test_the_row_of_other_pictures_never_has_a_pairs_own(language):
+    one = CaptionBatch(torch.zeros(1, 3, 8, 8), ["a dome"], ["k3"])
+    shown = []
+
+    def front(seen):
+        shown.append(seen.pooled.flatten().tolist())
+        return seen.pooled[:, None].expand(-1, 2, language.width)
+
+    task = captioner_task(
+        "it", language, numbered, front, [pairs(CAPTIONS), one], GenerationSpec(max_tokens=4), nullcontext
+    )
+    assert shown[:4] == [[0.0, 1.0, 2.0], [3.0], [2.0, 0.0, 1.0], [0.0]]
+    assert task["rows"][3]["n"] == 4
 
 
 def test_losses_are_transformers_own_of_each_caption_whatever_its_batch(language):

@@ -28,7 +28,7 @@ from wlsup.objectives.held_out_captions import (
     interval,
     likelier_row,
     loss_rows,
-    next_picture,
+    next_pictures,
     said_lines,
 )
 from wlsup.objectives.regularizers import RegularizerSpec
@@ -161,7 +161,7 @@ class LinearMap(Approach):
                 **{what: self._held_out(control.map, control.see, held_out) for what, control in controls.items()},
                 "this encoder, an untrained map": self._held_out(untrained, self._see, held_out),
                 "this encoder, this map, the next pair's picture": self._held_out(
-                    self.prefix, lambda batch: next_picture(self._see(batch)), held_out
+                    self.prefix, next_pictures(self._see), held_out
                 ),
                 "the language model alone": caption_losses(self.language, held_out),
             }

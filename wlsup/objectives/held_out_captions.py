@@ -28,7 +28,7 @@ __all__ = [
     "interval",
     "likelier_row",
     "loss_rows",
-    "next_picture",
+    "next_pictures",
     "said_lines",
 ]
 
@@ -95,9 +95,22 @@ def caption_losses(
     return CaptionLosses(torch.cat(nats), torch.cat(tokens))
 
 
-def next_picture(seen: VisionOutput) -> VisionOutput:
-    """Give each pair of a batch the next pair's picture, and the last one the first's."""
-    return replace(seen, pooled=seen.pooled.roll(1, 0), tokens=seen.tokens.roll(1, 0))
+def next_pictures(see: Callable[[CaptionBatch], VisionOutput]) -> Callable[[CaptionBatch], VisionOutput]:
+    """Let ``see`` give each pair of a batch the next pair's picture, and the last one the first's.
+
+    A batch of one, as the last may be, has no other: it is given the first picture of the batch before it.
+    """
+    before: VisionOutput | None = None
+
+    def see_other(batch: CaptionBatch) -> VisionOutput:
+        nonlocal before
+        seen, last = see(batch), before
+        before = replace(seen, pooled=seen.pooled[:1], tokens=seen.tokens[:1])
+        if len(batch) == 1 and last is not None:
+            return last
+        return replace(seen, pooled=seen.pooled.roll(1, 0), tokens=seen.tokens.roll(1, 0))
+
+    return see_other
 
 
 def interval(other: CaptionLosses, own: CaptionLosses) -> tuple[float, float]:
@@ -169,7 +182,8 @@ def captioner_task(
     if not batches:
         return {}
     own = caption_losses(language, batches, lambda batch: front(see(batch)))
-    other = caption_losses(language, batches, lambda batch: front(next_picture(see(batch))))
+    see_other = next_pictures(see)
+    other = caption_losses(language, batches, lambda batch: front(see_other(batch)))
     with unadapted():
         alone = caption_losses(language, batches)
     results = {
