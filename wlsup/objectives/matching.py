@@ -21,7 +21,7 @@ class MatchingSpec:
 
     Args:
         weight: factor of the matching loss.
-        negatives: captions of other pictures of the batch that stand beside the right one.
+        negatives: captions of other pictures of the process's own batch that stand beside the right one.
     """
 
     weight: float = 1.0
@@ -41,6 +41,9 @@ def matching_loss(
 
     Each pair is scored by the same function, the right one like the wrong ones, so that nothing but how well picture
     and caption fit can tell them apart: at chance the loss is ``ln(1 + negatives)``.
+
+    Over several processes the others are of each process's own batch, where a contrastive loss has those of all: the
+    negatives are then not those of one process with the same pairs.
 
     Source: Li et al. 2021 (ALBEF), section 3.2, image-text matching, there as two-way classification of one pair and
     one mismatched pair; a choice among several captions is ours.
