@@ -132,6 +132,17 @@ def test_a_random_network_that_cannot_be_trained_costs_no_other_row(prepared, mo
     assert "left out (OutOfMemoryError: CUDA out of memory.)" in task["note"]
 
 
+def test_with_a_linear_label_map_there_is_no_row_of_its_random_first_weights():
+    approach = ReprogrammingApproach(label_map=LabelMapSpec(kind="linear"), compare=False)
+    data = small_sets(approach.image_spec)
+    approach.prepare(data)
+    with torch.no_grad():
+        approach.net.label_map.linear.weight.fill_(0.5)
+    task = approach.eval().measure(data)
+    assert [row["what"].split(":")[0] for row in task["rows"]] == ["this program", "the classifier itself"]
+    assert (approach.net.label_map.linear.weight == 0.5).all()
+
+
 def test_the_program_measured_is_the_one_chosen_on_held_out_training_pictures(prepared):
     approach, data = prepared
     approach.log, approach.compare = lambda *args, **kwargs: None, False

@@ -21,7 +21,7 @@ from wlsup.plan import Freeze, Train, TrainPlan
 from wlsup.reprogramming.classifier import FrozenClassifier
 from wlsup.reprogramming.control import compared, train_alike
 from wlsup.reprogramming.input import InputProgram, InputSpec
-from wlsup.reprogramming.label_map import LabelMap, LabelMapSpec, build_label_map
+from wlsup.reprogramming.label_map import FixedLabelMap, LabelMap, LabelMapSpec, build_label_map
 from wlsup.reprogramming.pictures import LabelledPart, eval_set_of, fit_classifier, paired_points, split_train
 
 __all__ = ["Reprogrammed", "ReprogrammingApproach"]
@@ -186,8 +186,9 @@ class ReprogrammingApproach(Approach):
                 if random is not None:
                     rows.append(_row(f"the same program, a random network: {task.name}", random, labels))
                     note = f"This program against the random network's: {paired_points(right, random)}. "
-            self._load(self.net, self._initial)
-            rows.append(_row(f"no program, a grey frame: {task.name}", *self._right(self.net, test)))
+            if isinstance(self.net.label_map, FixedLabelMap):  # a linear one means nothing before it is trained
+                self._load(self.net, self._initial)
+                rows.append(_row(f"no program, a grey frame: {task.name}", *self._right(self.net, test)))
             self._load(self.net, last)
             own = self._right(self.net.classifier, LabelledPart(source.test))
             rows.append(_row(f"the classifier itself: {source.name}", *own))
