@@ -234,9 +234,14 @@ def test_odd_rows_are_read_as_published(server, tmp_path):
 def fetch_in_process(root, tsv):
     # forked: nothing is imported again
     command = ["data", "fetch", "cc3m", "--allow-private", "--connections", "2", "--json"]
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: sys.exit(main([*command, "--root", str(root), "--tsv", str(tsv)]))
-    )
+
+    def fetch():
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell's background job would inherit that it is ignored
+        sys.exit(main([*command, "--root", str(root), "--tsv", str(tsv)]))
+
+    process = multiprocessing.get_context("fork").Process(target=fetch)
     process.start()
     return process
 
