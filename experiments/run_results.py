@@ -36,6 +36,7 @@ _SCORES = {
     "cider_d": "CIDEr-D",
     "meteor": "METEOR (nltk)",
 }
+_DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 _TRAINED = " (trained)"
 
 
@@ -101,12 +102,15 @@ def summarise(approach: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _retrieval(results: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return how often a picture's own caption is the nearest of the held-out ones, None without a shared space."""
+    """Return recall@k of held-out pairs, {direction: {k: over seeds}}, None without a shared space."""
     found = [result.get("retrieval") for result in results]
     if not all(found):
         return None
-    values = [one["image_to_text"]["1"] for one in found]
-    return {"pairs": found[0]["pairs"], "chance": found[0]["chance"]["1"], "image_to_text": over_seeds(values)}
+    recalls = {
+        direction: {k: over_seeds([one[direction][k] for one in found]) for k in found[0]["chance"]}
+        for direction in _DIRECTIONS
+    }
+    return {"pairs": found[0]["pairs"], "chance": found[0]["chance"], **recalls}
 
 
 def _task(results: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -188,9 +192,14 @@ def _tasks_markdown(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     if found := [row for row in rows if row["retrieval"]]:
         pairs, chance = found[0]["retrieval"]["pairs"], found[0]["retrieval"]["chance"]
-        lines += ["", f"Image-to-text R@1 over {pairs} held-out pairs, in % (chance {100 * chance:.1f}):", ""]
-        lines += ["| approach | R@1 |", "|---|---:|"]
-        lines += [f"| `{row['approach']}` | {_accuracy(row['retrieval']['image_to_text'])} |" for row in found]
+        cells = [(direction, k) for direction in _DIRECTIONS for k in chance if k != "5"]
+        by_chance = ", ".join(f"R@{k} {100 * value:.1f}" for k, value in chance.items() if k != "5")
+        lines += ["", f"Retrieval over {pairs} held-out pairs, recall in % (chance: {by_chance}):", ""]
+        lines += ["| approach | " + " | ".join(f"{_DIRECTIONS[direction]}, R@{k}" for direction, k in cells) + " |"]
+        lines += ["|---|" + "---:|" * len(cells)]
+        for row in found:
+            recalls = [_accuracy(row["retrieval"][direction][k]) for direction, k in cells]
+            lines.append(f"| `{row['approach']}` | " + " | ".join(recalls) + " |")
     if found := [row for row in rows if row["captioning"]]:
         pictures, names = (
             found[0]["captioning"]["pictures"],

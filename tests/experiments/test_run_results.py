@@ -34,7 +34,12 @@ def results(approach, seed, delta):
         "peak_memory_mib": {"resident": 500.0 + seed, "gpu": None},
         "knn": {"near": {"domain": "in", **entry}, "far": {"domain": "out", **entry}},
         "summary": {"in_domain_delta": delta, "out_of_domain_delta": delta},
-        "retrieval": {"pairs": 64, "image_to_text": {"1": 0.1 + delta}, "chance": {"1": 1 / 64}},
+        "retrieval": {
+            "pairs": 64,
+            "image_to_text": {"1": 0.1 + delta, "5": 0.2, "10": 0.5},
+            "text_to_image": {"1": 0.2 + delta, "5": 0.2, "10": 0.7},
+            "chance": {"1": 1 / 64, "5": 5 / 64, "10": 10 / 64},
+        },
         "captioning": {
             "pictures": 8,
             "generation": "greedy",
@@ -53,8 +58,9 @@ def test_the_row_holds_what_the_table_shows(script):
     assert "| `film` | 2 | 3 | +2.0 [-10.7, +14.7] | +2.0 [-10.7, +14.7] | 25 (25.0 %) | 20 | 501 |" in text
     assert "| 20 | 61 | 501 |" in script.markdown([row], {}, "mini", {"film": 61.2})
     assert "| pretrained | 50.0 ± 9.6 | 50.0 ± 9.6 |" in text  # Wilson's of 50 in 100
-    assert "R@1 over 64 held-out pairs, in % (chance 1.6):" in text
-    assert "| `film` | 12.0 ± 12.7 |" in text
+    assert "Retrieval over 64 held-out pairs, recall in % (chance: R@1 1.6, R@10 15.6):" in text
+    assert "| image to text, R@1 | image to text, R@10 | text to image, R@1 | text to image, R@10 |" in text
+    assert "| `film` | 12.0 ± 12.7 | 50.0 ± 0.0 | 22.0 ± 12.7 | 70.0 ± 0.0 |" in text
     assert "| loss | 1.520 ± 0.127 nats | - |" in text
     assert "Captions of 8 held-out pictures" in text
     assert "| approach | BLEU-4 | CIDEr-D |" in text
