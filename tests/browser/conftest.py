@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation" / "report"))  # 
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+         "--disable-component-update", "--disable-sync",
+         "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # fmt: skip  (WebGL without a GPU)
 
 
 @pytest.fixture(scope="session")

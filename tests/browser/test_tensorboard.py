@@ -128,13 +128,13 @@ def test_hparams_compare_approaches_and_seeds_unasked(page, address):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, few_mini_pictures):
-    """A real run with everything on that has charts of its own: routing, captions, WiSE-FT, spectra."""
+    """A real run with everything on that has charts of its own: routing, captions, WiSE-FT, spectra, the projector."""
     folder = tmp_path_factory.mktemp("trained")
     options = ["--data.pairs", "64", "--data.validation_pairs", "32", "--data.batch_size", "16"]
     options += ["--data.eval_sets", "[mini_shapes, mini_digits]", "--trainer.max_epochs", "2"]
     options += ["--trainer.log_every_n_steps", "1", "--captioning.pictures", "8", "--wise_ft.enabled", "true"]
     options += ["--spectra.enabled", "true", "--spectra.every_n_epochs", "1", "--spectra.randomize", "false"]
-    options += ["--spectra.layers", "blocks.0.mlp.*"]
+    options += ["--spectra.layers", "blocks.0.mlp.*", "--projector.pictures", "20"]
     recipes = ["-c", "experiments/base.yaml", "-c", "experiments/magma_moe.yaml"]
     assert main(["fit", *recipes, *options, "--run_dir", str(folder / "moe")]) == 0
     return folder
@@ -167,3 +167,15 @@ def test_of_a_real_run_every_chart_of_every_group_has_its_lines(page, trained):
     assert len(drawn) > 25
     assert {title for title, lines in drawn if not lines} == POINTS
     assert [text for text in page.said if "not in the domain" in text or "TypeError" in text] == []
+
+
+def test_the_projector_shows_the_pictures_of_each_set_before_and_after(page, trained):
+    with serving(trained, "moe") as address:
+        page.goto(f"{address}/#projector")
+        plugin = page.frame_locator("iframe").frame_locator("iframe")
+        plugin.get_by_text("4 tensors found").wait_for()  # two sets, before and after
+        plugin.get_by_text("Total variance described").wait_for()  # of the axes that are drawn
+        assert plugin.locator("span.numDataPoints").inner_text() == "20"
+        page.wait_for_timeout(3000)
+        drawn = page.screenshot(clip={"x": 400, "y": 200, "width": 700, "height": 700})
+    assert len(Image.open(io.BytesIO(drawn)).convert("RGB").getcolors(maxcolors=700 * 700)) > 100  # axes alone: fewer
