@@ -31,7 +31,8 @@ def header(row: dict[str, Any]) -> dict[str, str]:
     elif task:  # the encoder is untouched: what counts is what the approach measures of itself
         found = [f"{one['what']} {one['value']['mean']:.4g} {one['unit']}" for one in task["rows"][:2]]
     else:
-        found = [f"image-to-text R@1 {100 * retrieval['image_to_text']['1']['mean']:.1f} %; k-NN cannot change, by design"]
+        recall = 100 * retrieval["image_to_text"]["1"]["mean"]
+        found = [f"image-to-text R@1 {recall:.1f} %; k-NN cannot change, by design"]
     seeds = row["seeds"]
     whose = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
     return {

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation" / "report"))  # 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync",
-         "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # fmt: skip  (WebGL without a GPU)
+         "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # WebGL without a GPU  # fmt: skip
 
 
 @pytest.fixture(scope="session")
