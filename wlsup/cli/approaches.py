@@ -59,4 +59,5 @@ def run(arguments: list[str]) -> int:
         share = 100 * row["trained"] / row["total"]
         print(f"{row['name']:<{width}}{row['summary']}")
         print(f"{'':<{width}}trains {', '.join(row['trains'])}: {row['trained']:,} of {row['total']:,} ({share:.1f} %)")
+    print("\nCounts by the code's defaults, without a recipe: wlsup inspect APPROACH -c RECIPE.yaml has a recipe's.")
     return 0
