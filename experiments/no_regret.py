@@ -273,6 +273,17 @@ def summary(curves: Mapping[str, Sequence[Scores]], order: Sequence[str]) -> lis
     return rows
 
 
+def without_folders(arguments: Sequence[str]) -> list[str]:
+    """Return a command's words with DIR for folders of weights, which are a machine's; the record has their hashes."""
+    shown, folder = [], False
+    for word in arguments:
+        option, equals, _ = word.partition("=")
+        named = option in ("--encoder", "--text")
+        shown.append("DIR" if folder else f"{option}=DIR" if named and equals else word)
+        folder = named and not equals
+    return shown
+
+
 def study(options: argparse.Namespace, make: Make) -> None:
     """Search, choose, confirm, write.
 
@@ -286,8 +297,9 @@ def study(options: argparse.Namespace, make: Make) -> None:
     world = make_world(options.world, out / "runs" / f"no_regret_{options.world}", options.encoder, options.text)
     curves, order, failed = search(candidates, world, make)
     record: dict[str, Any] = {
-        "command": shlex.join(["python", "experiments/no_regret.py", *options.command]),
+        "command": shlex.join(["python", "experiments/no_regret.py", *without_folders(options.command)]),
         "world": options.world,
+        "sha256": dict(zip(("encoder", "text", "captions"), world.identity, strict=False)),  # mini has no table
         "offered": told,
         "protocol": KnnScorer().protocol,
         "alphas": list(ALPHAS),

@@ -348,8 +348,14 @@ def fake(study, runs, monkeypatch, tmp_path):
     return fake
 
 
+def test_a_record_names_no_folder_of_weights(study):
+    given = ["--world", "real", "--encoder", "/home/me/model", "--text=/tmp/text", "--jobs", "2"]
+    assert study.without_folders(given) == ["--world", "real", "--encoder", "DIR", "--text=DIR", "--jobs", "2"]
+    assert study.without_folders(["--encoder", "a", "--text", "b"]) == ["--encoder", "DIR", "--text", "DIR"]
+
+
 class TestStudy:
-    def test_no_test_picture_is_read_before_the_choice_is_written(self, fake, study):
+    def test_no_test_picture_is_read_before_the_choice_is_written(self, fake, study, runs):
         assert fake.main() == 0
         record, choice = fake.record(), json.loads(fake.choice.read_text())
         assert TestPictures.reads
@@ -363,6 +369,8 @@ class TestStudy:
         told = (fake.out / "no_regret_mini.md").read_text()
         assert PROTOCOL in told and "Not blind" in told and f"--out {fake.out}" in told
         assert (fake.out / "no_regret_mini.png").is_file()
+        weights = {"encoder": runs.MINI / "vision", "text": runs.MINI / "text"}
+        assert record["sha256"] == {part: runs.files_sha256(folder) for part, folder in weights.items()}
         assert len(record["candidates"]) == len(study.CANDIDATES)
 
     @pytest.mark.slow
