@@ -541,3 +541,21 @@ class TestTraining:
         }
         (again,) = runs.in_workers([trained], (0.0, 0.5, 1.0), "validation")
         assert all(torch.equal(again[name]["right"], found[name]["right"]) for name in found)
+
+
+@pytest.mark.parametrize("world", ["mini", "real"])
+def test_page_and_table_tell_the_committed_record(study, world):
+    results = ROOT / "experiments" / "results"
+    record = json.loads((results / f"no_regret_{world}.json").read_text())
+    assert study.markdown(record) == (results / f"no_regret_{world}.md").read_text()
+    assert record["chosen"] == json.loads((results / f"no_regret_{world}_choice.json").read_text())
+    assert record["answer"] == study.verdict(record["test"])
+    page = (ROOT / "docs" / "no-regret.md").read_text()
+    part = page.partition("## The real pictures")[0 if world == "mini" else 2]
+    assert f"**{record['answer'].removesuffix(' only')}" in part
+    rows = [(f"`{name}` ({one['domain']}) | {one['test']:,}", one) for name, one in record["test"]["sets"].items()]
+    rows += [("in domain | ", record["test"]["in"]), ("out of domain | ", record["test"]["out"])]
+    for name, one in rows:
+        row = next(line for line in part.splitlines() if line.startswith(f"| {name}"))
+        intervals = [f"[{100 * low:+.2f}, {100 * high:+.2f}]" for low, high in (one["ci95"], one["crossed_ci95"])]
+        assert row.endswith(" | ".join(["", f"{100 * one['mean']:+.2f}", *intervals]) + " |"), row
