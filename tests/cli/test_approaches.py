@@ -1,4 +1,4 @@
-"""`wlsup approaches`: every approach with what it trains, in three forms that agree."""
+"""`wlsup approaches`: every approach with what it trains, as text and as JSON."""
 
 import json
 from pathlib import Path
