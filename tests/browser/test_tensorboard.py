@@ -178,4 +178,4 @@ def test_the_projector_shows_the_pictures_of_each_set_before_and_after(page, tra
         assert plugin.locator("span.numDataPoints").inner_text() == "20"
         page.wait_for_timeout(3000)
         drawn = page.screenshot(clip={"x": 400, "y": 200, "width": 700, "height": 700})
-    assert len(Image.open(io.BytesIO(drawn)).convert("RGB").getcolors(maxcolors=700 * 700)) > 1000  # dots without pictures: 453
+    assert len(Image.open(io.BytesIO(drawn)).convert("RGB").getcolors(maxcolors=700 * 700)) > 1000  # bare dots: 453
