@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def make_weights(folder: Path, large: bool) -> dict[str, Path]:
     return made
 
 
-def make_pictures(folder: Path) -> Path:
+def make_pictures(folder: Path, count: int = PICTURES) -> Path:
     """Write JPEGs and captions.csv; return the table."""
     from PIL import Image
 
@@ -73,12 +74,17 @@ def make_pictures(folder: Path) -> Path:
 
     shapes = mini_eval_set("mini_shapes", ImageSpec(size=64))
     (folder / "images").mkdir()
+
+    def draw(number: int) -> None:
+        picture = shapes.train.pictures[number % len(shapes.train)].permute(1, 2, 0).numpy()
+        Image.fromarray(picture).resize((480, 360)).save(folder / "images" / f"{number}.jpg", quality=90)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(draw, range(count)))
     with (folder / "captions.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("image", "caption"))
-        for number in range(PICTURES):
-            picture = shapes.train.pictures[number % len(shapes.train)].permute(1, 2, 0).numpy()
-            Image.fromarray(picture).resize((480, 360)).save(folder / "images" / f"{number}.jpg", quality=90)
+        for number in range(count):
             rows.writerow((f"{number}.jpg", f"a {shapes.class_names[number % 10]} on a plain ground, number {number}"))
     return folder / "captions.csv"
 

@@ -144,6 +144,24 @@ def test_captions_are_read_once_too_and_give_the_same(lit, monkeypatch):
     lit.on_fit_start()  # without cached features captions are read as ever
 
 
+def test_a_caption_that_was_not_kept_is_read(lit, monkeypatch):
+    batch = next(iter(data_for(lit).train_dataloader()))
+    wanted = lit.embed(batch)[1]
+    monkeypatch.setattr(lit, "_read", {})
+    monkeypatch.setattr(lit, "_texts", lit._texts)
+    lit.remember(batch.captions[:-1] + ["a red square"])
+    assert torch.allclose(lit.embed(batch)[1], wanted, atol=1e-5)
+    lit.remember(reversed(batch.captions))
+    assert torch.allclose(lit.embed(batch)[1], wanted, atol=1e-5)
+
+
+def test_no_worker_process_copies_what_lies_in_memory(lit):
+    data, plain = data_for(lit), data_for(lit, False)
+    data.num_workers = plain.num_workers = 2
+    assert data.train_dataloader().num_workers == data.val_dataloader().num_workers == 0
+    assert plain.train_dataloader().num_workers == plain.val_dataloader().num_workers == 2
+
+
 def test_each_caption_is_read_alike_whatever_else_there_is_to_read(lit):
     captions = ["a red square", "two green stars on sand", "a small ring above the water", "a red square"]
     once, again = lit.text.read_all(captions), lit.text.read_all(reversed(captions))

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wlsup.errors import WlsupError
-from wlsup.objectives import contrastive_tiles
+from wlsup.objectives import contrastive, contrastive_tiles
 from wlsup.objectives.contrastive import (
     CLIP_LOGIT_SCALE,
     LOGIT_SCALE_MAX,
@@ -68,6 +68,21 @@ def error(got, expected):
     """Largest difference, relative to the largest entry."""
     got, expected = got.detach().double(), expected.detach()
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_tile_that_is_not_given_goes_by_the_device(loss, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        contrastive, "Strip", lambda **facts: asked.append(facts["tile"]) or contrastive_tiles.Strip(**facts)
+    )
+    assert contrastive._TILES == {"cpu": 512, "cuda": 4096}
+    leaves = make(20, loss=loss)
+    run(loss, leaves)
+    monkeypatch.setitem(contrastive._TILES, "cpu", 7)
+    value, _ = run(loss, leaves)
+    assert asked == [512, 7]
+    assert torch.allclose(value, run(loss, leaves, tile=20)[0])
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -75,7 +75,8 @@ class Lit(Approach):
         objective.refuse("micro_batch", because="lit keeps no activations of the encoder")
         self.objective, self.lr, self.weight_decay = objective, lr, weight_decay
         self.mae, self.text, self.head = build_towers(encoder, decoder, text, objective)
-        self._read: dict[str, Tensor] = {}
+        self._read: dict[str, int] = {}  # where in _texts a caption's feature lies
+        self._texts = torch.empty(0, self.text.width)
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -101,11 +102,15 @@ class Lit(Approach):
     def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """(B, E) pictures and (B, E) captions."""
         image = self.head.embed_images(self.encode(batch).pooled)
-        if self._read.keys() >= set(batch.captions):
-            text = torch.stack([self._read[caption] for caption in batch.captions]).to(image.device)
-        else:
-            text = self.text(batch.captions).pooled
-        return image, self.head.embed_captions(text)
+        return image, self.head.embed_captions(self._text(batch.captions))
+
+    def _text(self, captions: list[str]) -> Tensor:
+        """(B, C) of B captions: those that were kept, if all were."""
+        rows = [self._read.get(caption, -1) for caption in captions]
+        if -1 in rows:
+            return self.text(captions).pooled
+        self._texts = self._texts.to(self.device)  # once: a step then sends its row numbers alone
+        return self._texts[torch.tensor(rows, device=self.device)]
 
     def on_fit_start(self) -> None:
         """With cached features, read every training caption once too: the text encoder is as frozen as the other."""
@@ -115,5 +120,7 @@ class Lit(Approach):
 
     def remember(self, captions: Iterable[str]) -> None:
         """Keep what the text encoder makes of captions, C numbers each, in place of reading them again."""
-        self._read = self.text.read_all(captions)
+        read = self.text.read_all(captions)
+        self._read = {caption: row for row, caption in enumerate(read)}
+        self._texts = torch.stack(list(read.values()))
         _log.info("data.cache_features: the text encoder ran once over %d captions", len(self._read))

@@ -172,6 +172,8 @@ class CachedDataset:
         training: True draws captions, by (seed, epoch, key), as `CaptionDataset` does; False takes the first.
     """
 
+    in_memory = True
+
     def __init__(self, cache: FeatureCache, dataset: CaptionDataset, training: bool) -> None:
         position = {key: index for index, key in enumerate(dataset.keys)}
         self.cache, self.seed, self.training = cache, dataset.seed, training

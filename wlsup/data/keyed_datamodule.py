@@ -138,9 +138,13 @@ class KeyedDataModule(lightning.LightningDataModule, ABC):
                 f"training samples for one step, and there are {len(dataset)}. Lower batch_size or use more pairs."
             )
         self.bad.expect("train", len(sampler), len(dataset))
-        return make_loader(dataset, sampler, self.batch_size, self.num_workers, self.note, self.patience)
+        return make_loader(dataset, sampler, self.batch_size, self._workers(dataset), self.note, self.patience)
 
     def _val_loader(self, dataset: PictureDataset) -> BatchLoader:
         # Every rank sees all of it: it is small, and retrieval ranks each caption against every picture.
         sampler = EpochSampler(len(dataset), batch_size=self.batch_size, shuffle=False)
-        return make_loader(dataset, sampler, self.batch_size, self.num_workers, self.note, self.patience)
+        return make_loader(dataset, sampler, self.batch_size, self._workers(dataset), self.note, self.patience)
+
+    def _workers(self, dataset: Any) -> int:
+        """None for what lies in memory: there they only copy it once more, at half the speed."""
+        return 0 if getattr(dataset, "in_memory", False) else self.num_workers
