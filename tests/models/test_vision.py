@@ -214,12 +214,21 @@ def test_same_weights_have_the_same_fingerprint_and_others_another() -> None:
         (VisionSpec(architecture="vit(embed_dim=open('x'))", pretrained=False), "Cannot read"),
         (VisionSpec(architecture="vit_base", pretrained=False), "Unknown architecture"),
         (VisionSpec(architecture=TINY, pretrained=False, image_size=30), "24, 32"),
+        (VisionSpec(architecture=TINY[:-1] + ",in_chans=1)", pretrained=False), "takes 1 channel, and .* divided by 3"),
         (VisionSpec(architecture=TINY, pretrained=False, pooling="max"), "auto, cls, mean"),  # type: ignore[arg-type]
     ],
 )
 def test_mistakes_say_what_is_allowed(spec: VisionSpec, message: str) -> None:
     with pytest.raises(WlsupError, match=message):
         build_vision(spec)
+
+
+def test_a_grey_encoder_with_its_weight_over_three_channels_makes_the_same() -> None:
+    grey = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, in_chans=1, num_classes=0)
+    picture = torch.randn(2, 1, 32, 32)
+    wanted = grey.eval()(picture)
+    grey.patch_embed.proj.weight = torch.nn.Parameter(grey.patch_embed.proj.weight.repeat(1, 3, 1, 1) / 3)
+    assert torch.allclose(grey(picture.repeat(1, 3, 1, 1)), wanted, atol=1e-5)  # as the error for such encoders says
 
 
 def test_lacking_mini_weights_name_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -236,5 +236,16 @@ def build_vision(spec: VisionSpec) -> VisionEncoder:
 
 
 def encoder_from(source: Source) -> VisionEncoder:
-    """Wrap an opened source's backbone."""
+    """Wrap an opened source's backbone.
+
+    Raises:
+        WlsupError: it does not take pictures of three channels.
+    """
+    channels = source.backbone.patch_embed.proj.in_channels
+    if channels != 3:
+        raise WlsupError(
+            f"The encoder {source.base_id} takes {channels} channel{'s' * (channels != 1)}, and pictures are read as "
+            "RGB. Of one channel make three: repeat its patch embedding's weight over them, divided by 3; of a grey "
+            "picture it then makes the same."
+        )
     return VisionEncoder(source.backbone, source.image_spec, source.pooling, source.architecture, source.base_id)
