@@ -80,6 +80,7 @@ def fit(
         "trainer.log_every_n_steps": options.pictures // options.batch,
         "reconstructions.pictures": 0,
         "captioning.pictures": 0,
+        "captioning.samples": 0,  # they would be captioned from their pictures after every epoch
     }
     if options.precision:
         values["trainer.precision"] = options.precision
