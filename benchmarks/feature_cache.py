@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from paper import make_pictures  # noqa: E402
 
-NAMES = ("lit", "linear_map")
+NAMES = ("lit", "linear_map", "selective_k")
 SIZES = {"S": "small", "B": "base", "L": "large"}
 BAR = 0.01
 HELD_OUT = 8
@@ -86,6 +86,8 @@ def fit(
         values["trainer.precision"] = options.precision
     if name == "linear_map":
         values |= {"model.prefix.pool": options.pool, "model.compare": "false"}
+    if name == "selective_k":
+        values["model.k"] = 0  # else it trains the encoder
     for option, value in values.items():
         command += [f"--{option}", str(value)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

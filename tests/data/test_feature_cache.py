@@ -130,29 +130,32 @@ def test_the_encoder_runs_once_and_no_picture_is_read_after_that(lit, monkeypatc
     assert not calls
 
 
-def test_captions_are_read_once_too_and_give_the_same(lit, monkeypatch):
-    data = data_for(lit)
+def test_where_no_picture_is_looked_at_none_is_encoded_to_be_kept_nor_read_again(monkeypatch):
+    module = approach_class("cross_modal_reprogramming")(compare=False)
+    data, calls = data_for(module), []
+    monkeypatch.setattr(type(module.encoder), "forward", lambda *a, **k: calls.append(1))
+    first = next(iter(data.train_dataloader()))
+    monkeypatch.setattr(type(data._train.pictures), "read", lambda *a: calls.append(1))
+    second = next(iter(data.train_dataloader()))
+    assert first.encoded.pooled.shape == (16, 0) and first.captions and second.captions
+    assert not calls
+
+
+@pytest.mark.parametrize(("name", "options"), [("lit", {}), ("selective_k", {"k": 0})])
+def test_captions_are_read_once_too_and_give_the_same(name, options, monkeypatch):
+    torch.manual_seed(0)
+    module = approach_class(name)(**options)
+    module.setup("fit")
+    data = data_for(module)
     batches = list(data.train_dataloader())
-    wanted = losses(lit, batches)
-    monkeypatch.setattr(lit, "_trainer", SimpleNamespace(datamodule=data))
-    monkeypatch.setattr(lit, "_read", {})
-    lit.on_fit_start()
-    assert lit._read.keys() >= {caption for batch in batches for caption in batch.captions}
-    monkeypatch.setattr(lit.text, "forward", lambda captions: pytest.fail("read again"))
-    assert losses(lit, batches) == pytest.approx(wanted, rel=1e-5)
-    monkeypatch.setattr(lit, "_trainer", SimpleNamespace(datamodule=data_for(lit, False)))
-    lit.on_fit_start()  # without cached features captions are read as ever
-
-
-def test_a_caption_that_was_not_kept_is_read(lit, monkeypatch):
-    batch = next(iter(data_for(lit).train_dataloader()))
-    wanted = lit.embed(batch)[1]
-    monkeypatch.setattr(lit, "_read", {})
-    monkeypatch.setattr(lit, "_texts", lit._texts)
-    lit.remember(batch.captions[:-1] + ["a red square"])
-    assert torch.allclose(lit.embed(batch)[1], wanted, atol=1e-5)
-    lit.remember(reversed(batch.captions))
-    assert torch.allclose(lit.embed(batch)[1], wanted, atol=1e-5)
+    wanted = losses(module, batches)
+    module._trainer = SimpleNamespace(datamodule=data_for(module, False))
+    module.on_fit_start()  # without cached features captions are read as ever
+    assert losses(module, batches) == wanted
+    module._trainer = SimpleNamespace(datamodule=data)
+    module.on_fit_start()
+    monkeypatch.setattr(module.text, "forward", lambda captions: pytest.fail("read again"))
+    assert losses(module, batches) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_no_worker_process_copies_what_lies_in_memory(lit):
@@ -160,14 +163,6 @@ def test_no_worker_process_copies_what_lies_in_memory(lit):
     data.num_workers = plain.num_workers = 2
     assert data.train_dataloader().num_workers == data.val_dataloader().num_workers == 0
     assert plain.train_dataloader().num_workers == plain.val_dataloader().num_workers == 2
-
-
-def test_each_caption_is_read_alike_whatever_else_there_is_to_read(lit):
-    captions = ["a red square", "two green stars on sand", "a small ring above the water", "a red square"]
-    once, again = lit.text.read_all(captions), lit.text.read_all(reversed(captions))
-    assert list(once) == list(again) and len(once) == 3
-    assert all(torch.equal(once[caption], again[caption]) for caption in once)
-    assert torch.allclose(once[captions[1]], lit.text([captions[1]]).pooled[0], atol=1e-5)
 
 
 def test_held_out_pairs_come_from_a_cache_too_with_first_captions(lit):

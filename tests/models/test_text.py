@@ -164,3 +164,29 @@ def test_a_lacking_model_ends_in_one_message(weights, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(WlsupError, match="No text encoder"):
         TextEncoder(TextSpec(weights=weights))
+
+
+def test_captions_that_were_kept_are_not_read_again_and_come_in_the_order_asked_for(monkeypatch):
+    text = TextEncoder(TextSpec())
+    wanted = text(CAPTIONS).pooled
+    text.remember([*CAPTIONS, CAPTIONS[0]])
+    monkeypatch.setattr(text, "forward", lambda captions: pytest.fail("read again"))
+    assert torch.allclose(text.pooled(CAPTIONS), wanted, atol=1e-5)
+    assert torch.allclose(text.pooled(CAPTIONS[::-1]), wanted.flip(0), atol=1e-5)
+
+
+def test_a_caption_that_was_not_kept_is_read():
+    text = TextEncoder(TextSpec())
+    wanted = text(CAPTIONS).pooled
+    assert torch.equal(text.pooled(CAPTIONS), wanted)
+    text.remember(CAPTIONS[:-1])
+    assert torch.equal(text.pooled(CAPTIONS), wanted)
+
+
+def test_what_is_kept_is_the_same_whatever_the_order_and_no_weight():
+    once, again = TextEncoder(TextSpec()), TextEncoder(TextSpec())
+    names = set(once.state_dict())
+    once.remember(CAPTIONS, batch_size=2)  # who stands beside whom, and how much padding, is of no order given
+    again.remember([*reversed(CAPTIONS), *CAPTIONS], batch_size=2)
+    assert torch.equal(once.pooled(CAPTIONS), again.pooled(CAPTIONS))
+    assert set(once.state_dict()) == names

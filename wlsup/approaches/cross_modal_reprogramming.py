@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wlsup.approaches.base import Approach
-from wlsup.batch import CaptionBatch
+from wlsup.batch import CaptionBatch, VisionOutput
 from wlsup.errors import WlsupError
 from wlsup.models.caption_tokens import load_tokenizer
 from wlsup.models.vision import VisionEncoder, VisionSpec, build_vision
@@ -192,6 +192,12 @@ class CrossModalReprogramming(Approach):
     def on_fit_start(self) -> None:
         """Prepare on the device of the run."""
         self.prepare(self.trainer.datamodule)
+
+    @staticmethod
+    def kept(images: Tensor) -> VisionOutput:
+        """(B, 3, H, W) -> nothing of them: a feature cache then spares reading pictures, and encodes none."""
+        nothing = images.new_empty(len(images), 0)
+        return VisionOutput(nothing, nothing[..., None], 0)
 
     def losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
         """Classification of the captions that belong to a class; the pictures are not looked at."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from wlsup.approaches.base import Approach
@@ -21,8 +18,6 @@ from wlsup.optim import OptimizerSpec
 from wlsup.plan import Freeze, Train, TrainPlan
 
 __all__ = ["Lit"]
-
-_log = logging.getLogger("wlsup")
 
 
 class Lit(Approach):
@@ -75,8 +70,6 @@ class Lit(Approach):
         objective.refuse("micro_batch", because="lit keeps no activations of the encoder")
         self.objective, self.lr, self.weight_decay = objective, lr, weight_decay
         self.mae, self.text, self.head = build_towers(encoder, decoder, text, objective)
-        self._read: dict[str, int] = {}  # where in _texts a caption's feature lies
-        self._texts = torch.empty(0, self.text.width)
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -102,25 +95,10 @@ class Lit(Approach):
     def embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """(B, E) pictures and (B, E) captions."""
         image = self.head.embed_images(self.encode(batch).pooled)
-        return image, self.head.embed_captions(self._text(batch.captions))
-
-    def _text(self, captions: list[str]) -> Tensor:
-        """(B, C) of B captions: those that were kept, if all were."""
-        rows = [self._read.get(caption, -1) for caption in captions]
-        if -1 in rows:
-            return self.text(captions).pooled
-        self._texts = self._texts.to(self.device)  # once: a step then sends its row numbers alone
-        return self._texts[torch.tensor(rows, device=self.device)]
+        return image, self.head.embed_captions(self.text.pooled(batch.captions))
 
     def on_fit_start(self) -> None:
         """With cached features, read every training caption once too: the text encoder is as frozen as the other."""
         data = self.trainer.datamodule
         if getattr(data, "cache_features", False):
-            self.remember(chain.from_iterable(data.captions))
-
-    def remember(self, captions: Iterable[str]) -> None:
-        """Keep what the text encoder makes of captions, C numbers each, in place of reading them again."""
-        read = self.text.read_all(captions)
-        self._read = {caption: row for row, caption in enumerate(read)}
-        self._texts = torch.stack(list(read.values()))
-        _log.info("data.cache_features: the text encoder ran once over %d captions", len(self._read))
+            self.text.remember(chain.from_iterable(data.captions))

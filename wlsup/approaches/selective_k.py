@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
@@ -169,7 +169,7 @@ class SelectiveK(Approach):
         if batch.encoded is None:
             return pair_embeddings(self.mae, self.head, self.text, batch, self.objective)
         image = self.head.embed_images(batch.encoded.pooled)
-        return image, self.head.embed_captions(self.text(batch.captions).pooled)
+        return image, self.head.embed_captions(self.text.pooled(batch.captions))
 
     def select(self, batches: Iterable[CaptionBatch]) -> tuple[str, ...]:
         """Score the groups, choose k of them and return their names, in the encoder's order.
@@ -203,6 +203,12 @@ class SelectiveK(Approach):
             self.select_from(self._trainer.datamodule)
             _log.info("selective_k: %s chose %s", self.criterion, ", ".join(self.chosen) or "no group")
         super().setup(stage)
+
+    def on_fit_start(self) -> None:
+        """With cached features, read every training caption once too: the text encoder is as frozen as the other."""
+        data = self.trainer.datamodule
+        if getattr(data, "cache_features", False):
+            self.text.remember(chain.from_iterable(data.captions))
 
     def measure(self, datamodule: Any) -> dict[str, Any]:
         """Return the scores by which the groups were chosen."""

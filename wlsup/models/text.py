@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,8 @@ from wlsup.errors import WlsupError
 from wlsup.models.weights import tensors_sha256
 
 __all__ = ["TextEncoder", "TextSpec"]
+
+_log = logging.getLogger("wlsup")
 
 MINI_TEXT = Path(__file__).parent.parent / "assets" / "mini" / "text"
 
@@ -55,6 +58,8 @@ class TextEncoder(nn.Module):
         limit = getattr(self.model.config, "max_position_embeddings", spec.max_length)
         self.max_length = min(spec.max_length, limit)
         self.base = {"id": spec.weights, "sha256": tensors_sha256(self.model.state_dict())}
+        self._kept: dict[str, int] = {}  # where in _features a caption's lies
+        self._features = torch.empty(0, self.width)
         self._own_pooling = spec.pooling == "auto" and self.model.config.model_type in _POOLED_BY_TRAINING
         self._padded_to = limit if self.model.config.model_type in _PADDED_BY_TRAINING else None
         pooled = getattr(self.model.config, "projection_size", self.width)  # SigLIP's may differ from its tokens'
@@ -94,14 +99,22 @@ class TextEncoder(nn.Module):
             pooled = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
         return Condition(tokens, mask, pooled, torch.ones(len(captions), dtype=torch.bool, device=device))
 
-    def read_all(self, captions: Iterable[str], batch_size: int = 256) -> dict[str, Tensor]:
-        """Return the pooled feature (C,) of each caption once, in fp32 on the CPU; the same whatever their order."""
+    def pooled(self, captions: Sequence[str]) -> Tensor:
+        """B captions -> (B, C): those of `remember`, if all are among them, else read now."""
+        rows = [self._kept.get(caption, -1) for caption in captions]
+        device = next(self.model.parameters()).device
+        if -1 in rows:
+            return self(list(captions)).pooled
+        self._features = self._features.to(device)  # once: a step then sends its row numbers alone
+        return self._features[torch.tensor(rows, device=device)]
+
+    def remember(self, captions: Iterable[str], batch_size: int = 256) -> None:
+        """Keep the pooled feature of every caption, C numbers in fp32, the same whatever their order."""
         distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))  # little padding
-        read: dict[str, Tensor] = {}
-        for start in range(0, len(distinct), batch_size):
-            part = distinct[start : start + batch_size]
-            read.update(zip(part, self(part).pooled.cpu(), strict=True))
-        return read
+        parts = [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
+        self._features = torch.cat([self(part).pooled for part in parts])
+        self._kept = {caption: row for row, caption in enumerate(distinct)}
+        _log.info("data.cache_features: the text encoder ran once over %d captions", len(distinct))
 
 
 _PADDED_BY_TRAINING = ("siglip_text_model", "siglip2_text_model")
