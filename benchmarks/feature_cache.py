@@ -87,7 +87,7 @@ def fit(
     if name == "linear_map":
         values |= {"model.prefix.pool": options.pool, "model.compare": "false"}
     if name == "selective_k":
-        values["model.k"] = 0  # else it trains the encoder
+        values |= {"model.k": 0, "model.criterion": "last"}  # trains no part of the encoder, and asks for no pictures
     for option, value in values.items():
         command += [f"--{option}", str(value)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -139,9 +139,9 @@ def cache_of(
         name = getattr(module, "name", "no approach")
         raise WlsupError(
             f"data.cache_features keeps what a frozen encoder makes of each picture; {name} trains the encoder, "
-            "changes the pictures it sees, or (selective_k, k = 0) asks for them. Set it to false, or use an approach "
-            "that reads a locked encoder: lit, linear_map, cross_modal_reprogramming, or magma and magma_moe with "
-            "model.encoder_lr 0."
+            "changes the pictures it sees, or asks for them. Set it to false, or use an approach that reads a locked "
+            "encoder: lit, linear_map, cross_modal_reprogramming, magma and magma_moe with model.encoder_lr 0, or "
+            "selective_k with model.k 0 and a model.criterion that looks at no pictures, such as last."
         )
     _log.info("data.cache_features: the encoder runs once over %d pictures; there is no augmentation", len(dataset))
     cache = FeatureCache(module.cacheable)
