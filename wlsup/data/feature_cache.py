@@ -143,7 +143,7 @@ def cache_of(
             "encoder: lit, linear_map, cross_modal_reprogramming, magma and magma_moe with model.encoder_lr 0, or "
             "selective_k with model.k 0 and a model.criterion that looks at no pictures, such as last."
         )
-    _log.info("data.cache_features: the encoder runs once over %d pictures; there is no augmentation", len(dataset))
+    _log.info("data.cache_features: %d pictures are read once; there is no augmentation", len(dataset))
     cache = FeatureCache(module.cacheable)
     training = [(part, part.training) for part in module.modules()]
     module.eval()
