@@ -114,6 +114,16 @@ def test_an_interval_that_touches_0_is_no_gain():
     assert "\x1b[31m" not in terminal(touching)
 
 
+def test_an_encoder_that_answers_as_before_is_unchanged_and_not_unsure():
+    sets = {"a": entry("in", 0.5, 0.0, 0.0), "b": entry("out", 0.5, 0.0, 0.0), "c": entry("out", 0.5, 0.0, 0.1)}
+    frozen = {"knn": sets}
+    verdicts = {line.split()[0]: line.split()[-1] for line in knn_text(frozen).splitlines() if " 50.0 " in line}
+    assert verdicts == {"a": "unchanged", "b": "unchanged", "c": "unsure", "mean": "unsure"}
+    means = [line.split()[-1] for line in knn_text(frozen).splitlines() if line.startswith("mean ")]
+    assert means == ["unchanged", "unsure"]
+    assert "unchanged" in terminal(frozen, width=40)
+
+
 def test_a_narrow_terminal_cuts_no_number():
     shown = terminal(RESULTS, width=40)
     for number in ("71.2", "68.1", "-3.1", "-4.3", "+6.5", "unsure", "mini_landcover"):

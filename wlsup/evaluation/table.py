@@ -17,8 +17,8 @@ __all__ = ["knn_markdown", "knn_table", "knn_text", "percent", "points", "print_
 
 _HEADERS = ("set", "domain", "k", "pretrained", "fine-tuned", "change", "95% interval", "")
 _RIGHT = (False, False, True, True, True, True, True, False)
-_STYLES = {"gain": "green", "loss": "red", "unsure": "dim", "": ""}
-_Verdict = Literal["gain", "loss", "unsure", ""]
+_STYLES = {"gain": "green", "loss": "red", "unsure": "dim", "unchanged": "dim", "": ""}
+_Verdict = Literal["gain", "loss", "unsure", "unchanged", ""]
 _NOTE = (
     "Top-1 accuracy in % +- half of Wilson's 95% interval, change in points. Gain or\n"
     "loss: the change's 95% interval (paired bootstrap over test pictures; of means\n"
@@ -158,6 +158,8 @@ def _mean_row(domain: str, entries: Iterable[Mapping[str, Any]]) -> _Row:
 
 def _changed(cells: tuple[str, ...], change: Interval, mean: bool = False) -> _Row:
     verdict: _Verdict = "gain" if change.low > 0 else "loss" if change.high < 0 else "unsure"
+    if change.low == change.high == 0:  # right and wrong on the same pictures, as where no encoder trains
+        verdict = "unchanged"
     interval = f"[{points(change.low)}, {points(change.high)}]"
     return _Row((*cells, points(change.estimate), interval, verdict), verdict, mean)
 
